@@ -1,0 +1,39 @@
+# One command per habit, the same for people and for CI.
+VENV    ?= .venv
+PYTHON  ?= python3
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.installed
+
+.PHONY: demo test check format bench protos clean
+
+demo: $(STAMP)            ## the tutorial, end to end, on real weights
+	$(BIN)/tunesmith demo
+
+test: $(STAMP)            ## the whole test suite
+	$(BIN)/pytest
+
+check: $(STAMP)           ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)           ## seconds from POST to ACTIVE for the tutorial's job
+	$(BIN)/python benchmarks/tutorial.py
+
+protos: $(STAMP)          ## compile the official protos again (needs npm)
+	$(BIN)/python scripts/protos.py
+
+clean:
+	rm -rf $(VENV) .proto-build
+
+# torch comes first and by its exact version: a bare or ranged torch takes a CUDA build of several GB.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade -c constraints.txt pip
+	$(BIN)/pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet -c constraints.txt --editable '.[dev]'
+	touch $@

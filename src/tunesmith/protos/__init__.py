@@ -1,0 +1,60 @@
+"""The vocabulary: Google's official messages and services, from the committed descriptor set.
+
+They live in a descriptor pool of our own, so that Google's client libraries, which register the same names
+in the default pool, can be imported into the same process. `make protos` makes the set and the type stub.
+"""
+
+import typing
+from collections.abc import Mapping
+from importlib.resources import files
+
+from google.protobuf import descriptor_pb2
+from google.protobuf.descriptor import Descriptor, ServiceDescriptor
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass, GetMessageClassesForFiles
+
+
+def _load() -> tuple[DescriptorPool, dict[str, typing.Any], dict[str, ServiceDescriptor]]:
+    pool = DescriptorPool()
+    names: dict[str, typing.Any] = {}
+    services: dict[str, ServiceDescriptor] = {}
+    packed = descriptor_pb2.FileDescriptorSet.FromString(
+        files(__package__).joinpath("descriptors.binpb").read_bytes()
+    )
+    for file in packed.file:
+        pool.Add(file)
+    for file in packed.file:
+        # google.api and descriptor.proto only describe the others.
+        if not file.package.startswith("google.api") and not file.name.endswith("descriptor.proto"):
+            for full_name, kind in GetMessageClassesForFiles([file.name], pool).items():
+                names.setdefault(full_name.rpartition(".")[2], kind)
+        for service in file.service:
+            descriptor = pool.FindServiceByName(f"{file.package}.{service.name}")
+            services[descriptor.full_name] = descriptor
+    return pool, names, services
+
+
+POOL, _MESSAGES, _SERVICES = _load()
+SERVICES: Mapping[str, ServiceDescriptor] = _SERVICES
+"""Every service of the descriptor set, by its full name."""
+
+
+def message_class(descriptor: Descriptor) -> type[Message]:
+    """Return the class of a message descriptor of this pool."""
+    return GetMessageClass(descriptor)
+
+
+def extension(descriptor: typing.Any, name: str) -> typing.Any:
+    """Return an option of a descriptor, such as `google.api.http` of a method."""
+    options = descriptor.GetOptions()
+    # The options were parsed with the default pool's classes; ours knows google.api's extensions.
+    own = message_class(POOL.FindMessageTypeByName(options.DESCRIPTOR.full_name))
+    return own.FromString(options.SerializeToString()).Extensions[POOL.FindExtensionByName(name)]
+
+
+def __getattr__(name: str) -> typing.Any:
+    try:
+        return _MESSAGES[name]
+    except KeyError:
+        raise AttributeError(f"no message named {name}") from None
