@@ -1,0 +1,1 @@
+"""What training and serving must agree on: which base models there are, their weights, their prompts."""

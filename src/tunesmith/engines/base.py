@@ -1,0 +1,82 @@
+"""What the service asks of an engine."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tunesmith.base_models.catalog import BaseModel
+from tunesmith.base_models.prompts import Turn
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        temperature: 0 takes the most probable token each time.
+        top_p: Keep the smallest set of tokens whose probability sum is at least this.
+        top_k: Keep this many most probable tokens.
+        max_output_tokens: End with MAX_TOKENS after this many.
+        seed: Same seed, same text, whatever else the engine serves meanwhile; None draws one.
+        stop_sequences: Texts that end the answer and are not part of it.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_output_tokens: int
+    seed: int | None = None
+    stop_sequences: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of an answer, as soon as its text is certain.
+
+    Attributes:
+        text: The text to append; may be empty in the last chunk.
+        prompt_tokens: Length of the prompt.
+        output_tokens: Tokens generated so far, the one that ended the answer not counted.
+        finish_reason: `Candidate.FinishReason` on the last chunk, 0 before.
+    """
+
+    text: str
+    prompt_tokens: int
+    output_tokens: int
+    finish_reason: int = 0
+
+
+class Engine(Protocol):
+    """Runs base models, with or without an adapter."""
+
+    def generate(
+        self,
+        model: BaseModel,
+        adapter: str | None,
+        turns: Sequence[Turn],
+        sampling: Sampling,
+        gone: threading.Event,
+    ) -> Iterator[Chunk]:
+        """Yield an answer's chunks.
+
+        Args:
+            model: The base model.
+            adapter: Path of a published adapter in the artifact store; None for the base model itself.
+            turns: The conversation, ending with a user's turn.
+            sampling: How tokens are chosen.
+            gone: Set when nobody waits for the answer any more; so does closing the iterator.
+
+        Raises:
+            InvalidArgument: The prompt is longer than the model takes.
+            FailedPrecondition: The weights are not on this machine, or the adapter belongs to other weights.
+            Internal: The adapter does not answer as it did when it was trained.
+            Cancelled: `gone` was set.
+            Unavailable: The engine is closing.
+        """
+
+    def count_tokens(self, model: BaseModel, adapter: str | None, turns: Sequence[Turn]) -> int:
+        """Return the length of the prompt that `generate` would make."""
+
+    def close(self) -> None:
+        """Stop; requests that are under way end with Unavailable."""

@@ -1,0 +1,1 @@
+"""Rows and files: the database is the truth, processes are cattle."""
