@@ -103,19 +103,16 @@ def stub(descriptors: descriptor_pb2.FileDescriptorSet) -> Iterator[str]:
     yield "from google.protobuf.internal.well_known_types import ListValue as _ListValue"
     yield "from google.protobuf.internal.well_known_types import Struct as _Struct"
     yield "from google.protobuf.internal.well_known_types import Timestamp as _Timestamp"
-    yield "from google.protobuf.message import Message"
+    yield "from google.protobuf.message import Message as _Message"
     yield ""
     yield "POOL: DescriptorPool"
     yield "SERVICES: Mapping[str, ServiceDescriptor]"
-    yield "def message_class(descriptor: Descriptor) -> type[Message]: ..."
+    yield "def message_class(descriptor: Descriptor) -> type[_Message]: ..."
     yield "def extension(descriptor: typing.Any, name: str) -> typing.Any: ..."
     yield ""
     for file in descriptors.file:
-        if not file.package.startswith(("google.ai.", "google.longrunning", "google.rpc", "google.protobuf")):
-            continue
-        if file.name.endswith(("descriptor.proto", "struct.proto")) and "ai" not in file.package:
-            if not file.name.endswith("struct.proto"):
-                continue
+        if file.package.startswith("google.api") or file.name.endswith("descriptor.proto"):
+            continue  # these only describe the others
         for message in file.message_type:
             yield from message_stub(message, "")
         for enum in file.enum_type:
@@ -127,9 +124,8 @@ WELL_KNOWN_BASES = {"Any", "Duration", "FieldMask", "ListValue", "Struct", "Time
 
 def message_stub(message: DescriptorProto, indent: str) -> Iterator[str]:
     """Yield one message's class."""
-    base = f"Message, _{message.name}" if message.name in WELL_KNOWN_BASES and not indent else "Message"
-    ignore = "  # type: ignore[misc]" if "," in base else ""
-    yield f"{indent}class {message.name}({base}):{ignore}"
+    base = f"_Message, _{message.name}" if message.name in WELL_KNOWN_BASES and not indent else "_Message"
+    yield f"{indent}class {message.name}({base}):"
     inner = indent + "    "
     for enum in message.enum_type:
         yield from enum_stub(enum, inner)
@@ -154,7 +150,10 @@ def message_stub(message: DescriptorProto, indent: str) -> Iterator[str]:
 
 def field_types(field: FieldDescriptorProto, message: DescriptorProto) -> tuple[str, str]:
     """Return a field's type when read, and as a constructor argument."""
-    entry = next((n for n in message.nested_type if n.options.map_entry and field.type_name.endswith("." + n.name)), None)
+    entry = next(
+        (n for n in message.nested_type if n.options.map_entry and field.type_name.endswith("." + n.name)),
+        None,
+    )
     if entry is not None:
         value = field_types(entry.field[1], entry)[0]
         return f"MutableMapping[str, {value}]", f"Mapping[str, {value}]"

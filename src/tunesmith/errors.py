@@ -113,6 +113,4 @@ class Unauthenticated(ApiError):
 
 def error_info(reason: str, **metadata: str) -> protos.ErrorInfo:
     """Return Google's machine-readable reason for a credential error."""
-    return protos.ErrorInfo(
-        reason=reason, domain="googleapis.com", metadata={"service": SERVICE, **metadata}
-    )
+    return protos.ErrorInfo(reason=reason, domain="googleapis.com", metadata={"service": SERVICE, **metadata})

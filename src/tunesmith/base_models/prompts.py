@@ -58,6 +58,10 @@ class PromptFormat:
                 pieces += [self.answer + turn.text, self.end, *self.between]
         return list(_encode(tokenizer, pieces))
 
+    def opening(self, tokenizer: Tokenizer) -> list[int]:
+        """Return the token ids before a first user turn's text."""
+        return list(_encode(tokenizer, [*self.start, *self.before]))
+
     def output(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """Return the token ids of an answer with its end."""
         return list(_encode(tokenizer, [self.answer + text, self.end]))

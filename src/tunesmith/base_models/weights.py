@@ -114,7 +114,7 @@ def _convert(model: BaseModel, scratch: Path, made: Path, progress: Progress) ->
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # the progress shown is our own
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # ours is shown
 
     options: dict[str, Any] = {}
     if model.packages:

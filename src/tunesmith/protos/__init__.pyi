@@ -16,14 +16,14 @@ from google.protobuf.internal.well_known_types import FieldMask as _FieldMask
 from google.protobuf.internal.well_known_types import ListValue as _ListValue
 from google.protobuf.internal.well_known_types import Struct as _Struct
 from google.protobuf.internal.well_known_types import Timestamp as _Timestamp
-from google.protobuf.message import Message
+from google.protobuf.message import Message as _Message
 
 POOL: DescriptorPool
 SERVICES: Mapping[str, ServiceDescriptor]
-def message_class(descriptor: Descriptor) -> type[Message]: ...
+def message_class(descriptor: Descriptor) -> type[_Message]: ...
 def extension(descriptor: typing.Any, name: str) -> typing.Any: ...
 
-class Model(Message):
+class Model(_Message):
     name: str
     base_model_id: str
     version: str
@@ -39,11 +39,11 @@ class Model(Message):
     top_k: int
     thinking: bool
     def __init__(self, *, name: str | None = ..., base_model_id: str | None = ..., version: str | None = ..., display_name: str | None = ..., description: str | None = ..., input_token_limit: int | None = ..., output_token_limit: int | None = ..., supported_generation_methods: Iterable[str] | None = ..., temperature: float | None = ..., max_temperature: float | None = ..., top_p: float | None = ..., top_k: int | None = ..., thinking: bool | None = ...) -> None: ...
-class Timestamp(Message, _Timestamp):  # type: ignore[misc]
+class Timestamp(_Message, _Timestamp):
     seconds: int
     nanos: int
     def __init__(self, *, seconds: int | None = ..., nanos: int | None = ...) -> None: ...
-class TunedModel(Message):
+class TunedModel(_Message):
     class State:
         @classmethod
         def Name(cls, number: int) -> str: ...
@@ -76,11 +76,11 @@ class TunedModel(Message):
     @property
     def reader_project_numbers(self) -> RepeatedScalarFieldContainer[int]: ...
     def __init__(self, *, tuned_model_source: TunedModelSource | None = ..., base_model: str | None = ..., name: str | None = ..., display_name: str | None = ..., description: str | None = ..., temperature: float | None = ..., top_p: float | None = ..., top_k: int | None = ..., state: int | None = ..., create_time: Timestamp | None = ..., update_time: Timestamp | None = ..., tuning_task: TuningTask | None = ..., reader_project_numbers: Iterable[int] | None = ...) -> None: ...
-class TunedModelSource(Message):
+class TunedModelSource(_Message):
     tuned_model: str
     base_model: str
     def __init__(self, *, tuned_model: str | None = ..., base_model: str | None = ...) -> None: ...
-class TuningTask(Message):
+class TuningTask(_Message):
     @property
     def start_time(self) -> Timestamp: ...
     @property
@@ -92,48 +92,48 @@ class TuningTask(Message):
     @property
     def hyperparameters(self) -> Hyperparameters: ...
     def __init__(self, *, start_time: Timestamp | None = ..., complete_time: Timestamp | None = ..., snapshots: Iterable[TuningSnapshot] | None = ..., training_data: Dataset | None = ..., hyperparameters: Hyperparameters | None = ...) -> None: ...
-class Hyperparameters(Message):
+class Hyperparameters(_Message):
     learning_rate: float
     learning_rate_multiplier: float
     epoch_count: int
     batch_size: int
     def __init__(self, *, learning_rate: float | None = ..., learning_rate_multiplier: float | None = ..., epoch_count: int | None = ..., batch_size: int | None = ...) -> None: ...
-class Dataset(Message):
+class Dataset(_Message):
     @property
     def examples(self) -> TuningExamples: ...
     def __init__(self, *, examples: TuningExamples | None = ...) -> None: ...
-class TuningExamples(Message):
+class TuningExamples(_Message):
     @property
     def examples(self) -> RepeatedCompositeFieldContainer[TuningExample]: ...
     def __init__(self, *, examples: Iterable[TuningExample] | None = ...) -> None: ...
-class TuningExample(Message):
+class TuningExample(_Message):
     text_input: str
     output: str
     def __init__(self, *, text_input: str | None = ..., output: str | None = ...) -> None: ...
-class TuningSnapshot(Message):
+class TuningSnapshot(_Message):
     step: int
     epoch: int
     mean_loss: float
     @property
     def compute_time(self) -> Timestamp: ...
     def __init__(self, *, step: int | None = ..., epoch: int | None = ..., mean_loss: float | None = ..., compute_time: Timestamp | None = ...) -> None: ...
-class Duration(Message, _Duration):  # type: ignore[misc]
+class Duration(_Message, _Duration):
     seconds: int
     nanos: int
     def __init__(self, *, seconds: int | None = ..., nanos: int | None = ...) -> None: ...
-class Any(Message, _Any):  # type: ignore[misc]
+class Any(_Message, _Any):
     type_url: str
     value: bytes
     def __init__(self, *, type_url: str | None = ..., value: bytes | None = ...) -> None: ...
-class Empty(Message):
+class Empty(_Message):
     def __init__(self) -> None: ...
-class Status(Message):
+class Status(_Message):
     code: int
     message: str
     @property
     def details(self) -> RepeatedCompositeFieldContainer[Any]: ...
     def __init__(self, *, code: int | None = ..., message: str | None = ..., details: Iterable[Any] | None = ...) -> None: ...
-class Operation(Message):
+class Operation(_Message):
     name: str
     @property
     def metadata(self) -> Any: ...
@@ -143,73 +143,73 @@ class Operation(Message):
     @property
     def response(self) -> Any: ...
     def __init__(self, *, name: str | None = ..., metadata: Any | None = ..., done: bool | None = ..., error: Status | None = ..., response: Any | None = ...) -> None: ...
-class GetOperationRequest(Message):
+class GetOperationRequest(_Message):
     name: str
     def __init__(self, *, name: str | None = ...) -> None: ...
-class ListOperationsRequest(Message):
+class ListOperationsRequest(_Message):
     name: str
     filter: str
     page_size: int
     page_token: str
     return_partial_success: bool
     def __init__(self, *, name: str | None = ..., filter: str | None = ..., page_size: int | None = ..., page_token: str | None = ..., return_partial_success: bool | None = ...) -> None: ...
-class ListOperationsResponse(Message):
+class ListOperationsResponse(_Message):
     @property
     def operations(self) -> RepeatedCompositeFieldContainer[Operation]: ...
     next_page_token: str
     @property
     def unreachable(self) -> RepeatedScalarFieldContainer[str]: ...
     def __init__(self, *, operations: Iterable[Operation] | None = ..., next_page_token: str | None = ..., unreachable: Iterable[str] | None = ...) -> None: ...
-class CancelOperationRequest(Message):
+class CancelOperationRequest(_Message):
     name: str
     def __init__(self, *, name: str | None = ...) -> None: ...
-class DeleteOperationRequest(Message):
+class DeleteOperationRequest(_Message):
     name: str
     def __init__(self, *, name: str | None = ...) -> None: ...
-class WaitOperationRequest(Message):
+class WaitOperationRequest(_Message):
     name: str
     @property
     def timeout(self) -> Duration: ...
     def __init__(self, *, name: str | None = ..., timeout: Duration | None = ...) -> None: ...
-class OperationInfo(Message):
+class OperationInfo(_Message):
     response_type: str
     metadata_type: str
     def __init__(self, *, response_type: str | None = ..., metadata_type: str | None = ...) -> None: ...
-class FieldMask(Message, _FieldMask):  # type: ignore[misc]
+class FieldMask(_Message, _FieldMask):
     @property
     def paths(self) -> RepeatedScalarFieldContainer[str]: ...
     def __init__(self, *, paths: Iterable[str] | None = ...) -> None: ...
-class GetModelRequest(Message):
+class GetModelRequest(_Message):
     name: str
     def __init__(self, *, name: str | None = ...) -> None: ...
-class ListModelsRequest(Message):
+class ListModelsRequest(_Message):
     page_size: int
     page_token: str
     def __init__(self, *, page_size: int | None = ..., page_token: str | None = ...) -> None: ...
-class ListModelsResponse(Message):
+class ListModelsResponse(_Message):
     @property
     def models(self) -> RepeatedCompositeFieldContainer[Model]: ...
     next_page_token: str
     def __init__(self, *, models: Iterable[Model] | None = ..., next_page_token: str | None = ...) -> None: ...
-class GetTunedModelRequest(Message):
+class GetTunedModelRequest(_Message):
     name: str
     def __init__(self, *, name: str | None = ...) -> None: ...
-class ListTunedModelsRequest(Message):
+class ListTunedModelsRequest(_Message):
     page_size: int
     page_token: str
     filter: str
     def __init__(self, *, page_size: int | None = ..., page_token: str | None = ..., filter: str | None = ...) -> None: ...
-class ListTunedModelsResponse(Message):
+class ListTunedModelsResponse(_Message):
     @property
     def tuned_models(self) -> RepeatedCompositeFieldContainer[TunedModel]: ...
     next_page_token: str
     def __init__(self, *, tuned_models: Iterable[TunedModel] | None = ..., next_page_token: str | None = ...) -> None: ...
-class CreateTunedModelRequest(Message):
+class CreateTunedModelRequest(_Message):
     tuned_model_id: str
     @property
     def tuned_model(self) -> TunedModel: ...
     def __init__(self, *, tuned_model_id: str | None = ..., tuned_model: TunedModel | None = ...) -> None: ...
-class CreateTunedModelMetadata(Message):
+class CreateTunedModelMetadata(_Message):
     tuned_model: str
     total_steps: int
     completed_steps: int
@@ -217,16 +217,16 @@ class CreateTunedModelMetadata(Message):
     @property
     def snapshots(self) -> RepeatedCompositeFieldContainer[TuningSnapshot]: ...
     def __init__(self, *, tuned_model: str | None = ..., total_steps: int | None = ..., completed_steps: int | None = ..., completed_percent: float | None = ..., snapshots: Iterable[TuningSnapshot] | None = ...) -> None: ...
-class UpdateTunedModelRequest(Message):
+class UpdateTunedModelRequest(_Message):
     @property
     def tuned_model(self) -> TunedModel: ...
     @property
     def update_mask(self) -> FieldMask: ...
     def __init__(self, *, tuned_model: TunedModel | None = ..., update_mask: FieldMask | None = ...) -> None: ...
-class DeleteTunedModelRequest(Message):
+class DeleteTunedModelRequest(_Message):
     name: str
     def __init__(self, *, name: str | None = ...) -> None: ...
-class Permission(Message):
+class Permission(_Message):
     class GranteeType:
         @classmethod
         def Name(cls, number: int) -> str: ...
@@ -258,54 +258,54 @@ class Permission(Message):
     email_address: str
     role: int
     def __init__(self, *, name: str | None = ..., grantee_type: int | None = ..., email_address: str | None = ..., role: int | None = ...) -> None: ...
-class CreatePermissionRequest(Message):
+class CreatePermissionRequest(_Message):
     parent: str
     @property
     def permission(self) -> Permission: ...
     def __init__(self, *, parent: str | None = ..., permission: Permission | None = ...) -> None: ...
-class GetPermissionRequest(Message):
+class GetPermissionRequest(_Message):
     name: str
     def __init__(self, *, name: str | None = ...) -> None: ...
-class ListPermissionsRequest(Message):
+class ListPermissionsRequest(_Message):
     parent: str
     page_size: int
     page_token: str
     def __init__(self, *, parent: str | None = ..., page_size: int | None = ..., page_token: str | None = ...) -> None: ...
-class ListPermissionsResponse(Message):
+class ListPermissionsResponse(_Message):
     @property
     def permissions(self) -> RepeatedCompositeFieldContainer[Permission]: ...
     next_page_token: str
     def __init__(self, *, permissions: Iterable[Permission] | None = ..., next_page_token: str | None = ...) -> None: ...
-class UpdatePermissionRequest(Message):
+class UpdatePermissionRequest(_Message):
     @property
     def permission(self) -> Permission: ...
     @property
     def update_mask(self) -> FieldMask: ...
     def __init__(self, *, permission: Permission | None = ..., update_mask: FieldMask | None = ...) -> None: ...
-class DeletePermissionRequest(Message):
+class DeletePermissionRequest(_Message):
     name: str
     def __init__(self, *, name: str | None = ...) -> None: ...
-class TransferOwnershipRequest(Message):
+class TransferOwnershipRequest(_Message):
     name: str
     email_address: str
     def __init__(self, *, name: str | None = ..., email_address: str | None = ...) -> None: ...
-class TransferOwnershipResponse(Message):
+class TransferOwnershipResponse(_Message):
     def __init__(self) -> None: ...
-class CitationMetadata(Message):
+class CitationMetadata(_Message):
     @property
     def citation_sources(self) -> RepeatedCompositeFieldContainer[CitationSource]: ...
     def __init__(self, *, citation_sources: Iterable[CitationSource] | None = ...) -> None: ...
-class CitationSource(Message):
+class CitationSource(_Message):
     start_index: int
     end_index: int
     uri: str
     license: str
     def __init__(self, *, start_index: int | None = ..., end_index: int | None = ..., uri: str | None = ..., license: str | None = ...) -> None: ...
-class Struct(Message, _Struct):  # type: ignore[misc]
+class Struct(_Message, _Struct):
     @property
     def fields(self) -> MutableMapping[str, Value]: ...
     def __init__(self, *, fields: Mapping[str, Value] | None = ...) -> None: ...
-class Value(Message):
+class Value(_Message):
     null_value: int
     number_value: float
     string_value: str
@@ -315,7 +315,7 @@ class Value(Message):
     @property
     def list_value(self) -> ListValue: ...
     def __init__(self, *, null_value: int | None = ..., number_value: float | None = ..., string_value: str | None = ..., bool_value: bool | None = ..., struct_value: Struct | None = ..., list_value: ListValue | None = ...) -> None: ...
-class ListValue(Message, _ListValue):  # type: ignore[misc]
+class ListValue(_Message, _ListValue):
     @property
     def values(self) -> RepeatedCompositeFieldContainer[Value]: ...
     def __init__(self, *, values: Iterable[Value] | None = ...) -> None: ...
@@ -325,12 +325,22 @@ class NullValue:
     @classmethod
     def Value(cls, name: str) -> int: ...
     NULL_VALUE: ClassVar[int]
-class Content(Message):
+class Interval(_Message):
+    @property
+    def start_time(self) -> Timestamp: ...
+    @property
+    def end_time(self) -> Timestamp: ...
+    def __init__(self, *, start_time: Timestamp | None = ..., end_time: Timestamp | None = ...) -> None: ...
+class LatLng(_Message):
+    latitude: float
+    longitude: float
+    def __init__(self, *, latitude: float | None = ..., longitude: float | None = ...) -> None: ...
+class Content(_Message):
     @property
     def parts(self) -> RepeatedCompositeFieldContainer[Part]: ...
     role: str
     def __init__(self, *, parts: Iterable[Part] | None = ..., role: str | None = ...) -> None: ...
-class Part(Message):
+class Part(_Message):
     text: str
     @property
     def inline_data(self) -> Blob: ...
@@ -351,30 +361,30 @@ class Part(Message):
     @property
     def part_metadata(self) -> Struct: ...
     def __init__(self, *, text: str | None = ..., inline_data: Blob | None = ..., function_call: FunctionCall | None = ..., function_response: FunctionResponse | None = ..., file_data: FileData | None = ..., executable_code: ExecutableCode | None = ..., code_execution_result: CodeExecutionResult | None = ..., video_metadata: VideoMetadata | None = ..., thought: bool | None = ..., thought_signature: bytes | None = ..., part_metadata: Struct | None = ...) -> None: ...
-class FunctionResponsePart(Message):
+class FunctionResponsePart(_Message):
     @property
     def inline_data(self) -> FunctionResponseBlob: ...
     def __init__(self, *, inline_data: FunctionResponseBlob | None = ...) -> None: ...
-class Blob(Message):
+class Blob(_Message):
     mime_type: str
     data: bytes
     def __init__(self, *, mime_type: str | None = ..., data: bytes | None = ...) -> None: ...
-class FunctionResponseBlob(Message):
+class FunctionResponseBlob(_Message):
     mime_type: str
     data: bytes
     def __init__(self, *, mime_type: str | None = ..., data: bytes | None = ...) -> None: ...
-class FileData(Message):
+class FileData(_Message):
     mime_type: str
     file_uri: str
     def __init__(self, *, mime_type: str | None = ..., file_uri: str | None = ...) -> None: ...
-class VideoMetadata(Message):
+class VideoMetadata(_Message):
     @property
     def start_offset(self) -> Duration: ...
     @property
     def end_offset(self) -> Duration: ...
     fps: float
     def __init__(self, *, start_offset: Duration | None = ..., end_offset: Duration | None = ..., fps: float | None = ...) -> None: ...
-class ExecutableCode(Message):
+class ExecutableCode(_Message):
     class Language:
         @classmethod
         def Name(cls, number: int) -> str: ...
@@ -387,7 +397,7 @@ class ExecutableCode(Message):
     language: int
     code: str
     def __init__(self, *, language: int | None = ..., code: str | None = ...) -> None: ...
-class CodeExecutionResult(Message):
+class CodeExecutionResult(_Message):
     class Outcome:
         @classmethod
         def Name(cls, number: int) -> str: ...
@@ -404,12 +414,12 @@ class CodeExecutionResult(Message):
     outcome: int
     output: str
     def __init__(self, *, outcome: int | None = ..., output: str | None = ...) -> None: ...
-class Tool(Message):
-    class GoogleSearch(Message):
+class Tool(_Message):
+    class GoogleSearch(_Message):
         @property
         def time_range_filter(self) -> Interval: ...
         def __init__(self, *, time_range_filter: Interval | None = ...) -> None: ...
-    class ComputerUse(Message):
+    class ComputerUse(_Message):
         class Environment:
             @classmethod
             def Name(cls, number: int) -> str: ...
@@ -440,16 +450,16 @@ class Tool(Message):
     @property
     def google_maps(self) -> GoogleMaps: ...
     def __init__(self, *, function_declarations: Iterable[FunctionDeclaration] | None = ..., google_search_retrieval: GoogleSearchRetrieval | None = ..., code_execution: CodeExecution | None = ..., google_search: Tool.GoogleSearch | None = ..., computer_use: Tool.ComputerUse | None = ..., url_context: UrlContext | None = ..., file_search: FileSearch | None = ..., google_maps: GoogleMaps | None = ...) -> None: ...
-class GoogleMaps(Message):
+class GoogleMaps(_Message):
     enable_widget: bool
     def __init__(self, *, enable_widget: bool | None = ...) -> None: ...
-class UrlContext(Message):
+class UrlContext(_Message):
     def __init__(self) -> None: ...
-class FileSearch(Message):
-    class RetrievalResource(Message):
+class FileSearch(_Message):
+    class RetrievalResource(_Message):
         rag_store_name: str
         def __init__(self, *, rag_store_name: str | None = ...) -> None: ...
-    class RetrievalConfig(Message):
+    class RetrievalConfig(_Message):
         top_k: int
         metadata_filter: str
         def __init__(self, *, top_k: int | None = ..., metadata_filter: str | None = ...) -> None: ...
@@ -458,11 +468,11 @@ class FileSearch(Message):
     @property
     def retrieval_config(self) -> FileSearch.RetrievalConfig: ...
     def __init__(self, *, retrieval_resources: Iterable[FileSearch.RetrievalResource] | None = ..., retrieval_config: FileSearch.RetrievalConfig | None = ...) -> None: ...
-class GoogleSearchRetrieval(Message):
+class GoogleSearchRetrieval(_Message):
     @property
     def dynamic_retrieval_config(self) -> DynamicRetrievalConfig: ...
     def __init__(self, *, dynamic_retrieval_config: DynamicRetrievalConfig | None = ...) -> None: ...
-class DynamicRetrievalConfig(Message):
+class DynamicRetrievalConfig(_Message):
     class Mode:
         @classmethod
         def Name(cls, number: int) -> str: ...
@@ -475,20 +485,20 @@ class DynamicRetrievalConfig(Message):
     mode: int
     dynamic_threshold: float
     def __init__(self, *, mode: int | None = ..., dynamic_threshold: float | None = ...) -> None: ...
-class CodeExecution(Message):
+class CodeExecution(_Message):
     def __init__(self) -> None: ...
-class ToolConfig(Message):
+class ToolConfig(_Message):
     @property
     def function_calling_config(self) -> FunctionCallingConfig: ...
     @property
     def retrieval_config(self) -> RetrievalConfig: ...
     def __init__(self, *, function_calling_config: FunctionCallingConfig | None = ..., retrieval_config: RetrievalConfig | None = ...) -> None: ...
-class RetrievalConfig(Message):
+class RetrievalConfig(_Message):
     @property
     def lat_lng(self) -> LatLng: ...
     language_code: str
     def __init__(self, *, lat_lng: LatLng | None = ..., language_code: str | None = ...) -> None: ...
-class FunctionCallingConfig(Message):
+class FunctionCallingConfig(_Message):
     class Mode:
         @classmethod
         def Name(cls, number: int) -> str: ...
@@ -508,7 +518,7 @@ class FunctionCallingConfig(Message):
     @property
     def allowed_function_names(self) -> RepeatedScalarFieldContainer[str]: ...
     def __init__(self, *, mode: int | None = ..., allowed_function_names: Iterable[str] | None = ...) -> None: ...
-class FunctionDeclaration(Message):
+class FunctionDeclaration(_Message):
     class Behavior:
         @classmethod
         def Name(cls, number: int) -> str: ...
@@ -532,13 +542,13 @@ class FunctionDeclaration(Message):
     def response_json_schema(self) -> Value: ...
     behavior: int
     def __init__(self, *, name: str | None = ..., description: str | None = ..., parameters: Schema | None = ..., parameters_json_schema: Value | None = ..., response: Schema | None = ..., response_json_schema: Value | None = ..., behavior: int | None = ...) -> None: ...
-class FunctionCall(Message):
+class FunctionCall(_Message):
     id: str
     name: str
     @property
     def args(self) -> Struct: ...
     def __init__(self, *, id: str | None = ..., name: str | None = ..., args: Struct | None = ...) -> None: ...
-class FunctionResponse(Message):
+class FunctionResponse(_Message):
     class Scheduling:
         @classmethod
         def Name(cls, number: int) -> str: ...
@@ -561,7 +571,7 @@ class FunctionResponse(Message):
     will_continue: bool
     scheduling: int
     def __init__(self, *, id: str | None = ..., name: str | None = ..., response: Struct | None = ..., parts: Iterable[FunctionResponsePart] | None = ..., will_continue: bool | None = ..., scheduling: int | None = ...) -> None: ...
-class Schema(Message):
+class Schema(_Message):
     type: int
     format: str
     title: str
@@ -593,16 +603,16 @@ class Schema(Message):
     @property
     def default(self) -> Value: ...
     def __init__(self, *, type: int | None = ..., format: str | None = ..., title: str | None = ..., description: str | None = ..., nullable: bool | None = ..., enum: Iterable[str] | None = ..., items: Schema | None = ..., max_items: int | None = ..., min_items: int | None = ..., properties: Mapping[str, Schema] | None = ..., required: Iterable[str] | None = ..., min_properties: int | None = ..., max_properties: int | None = ..., minimum: float | None = ..., maximum: float | None = ..., min_length: int | None = ..., max_length: int | None = ..., pattern: str | None = ..., example: Value | None = ..., any_of: Iterable[Schema] | None = ..., property_ordering: Iterable[str] | None = ..., default: Value | None = ...) -> None: ...
-class GroundingPassage(Message):
+class GroundingPassage(_Message):
     id: str
     @property
     def content(self) -> Content: ...
     def __init__(self, *, id: str | None = ..., content: Content | None = ...) -> None: ...
-class GroundingPassages(Message):
+class GroundingPassages(_Message):
     @property
     def passages(self) -> RepeatedCompositeFieldContainer[GroundingPassage]: ...
     def __init__(self, *, passages: Iterable[GroundingPassage] | None = ...) -> None: ...
-class ModalityTokenCount(Message):
+class ModalityTokenCount(_Message):
     modality: int
     token_count: int
     def __init__(self, *, modality: int | None = ..., token_count: int | None = ...) -> None: ...
@@ -630,7 +640,7 @@ class Modality:
     VIDEO: ClassVar[int]
     AUDIO: ClassVar[int]
     DOCUMENT: ClassVar[int]
-class Corpus(Message):
+class Corpus(_Message):
     name: str
     display_name: str
     @property
@@ -638,7 +648,7 @@ class Corpus(Message):
     @property
     def update_time(self) -> Timestamp: ...
     def __init__(self, *, name: str | None = ..., display_name: str | None = ..., create_time: Timestamp | None = ..., update_time: Timestamp | None = ...) -> None: ...
-class Document(Message):
+class Document(_Message):
     name: str
     display_name: str
     @property
@@ -648,23 +658,23 @@ class Document(Message):
     @property
     def create_time(self) -> Timestamp: ...
     def __init__(self, *, name: str | None = ..., display_name: str | None = ..., custom_metadata: Iterable[CustomMetadata] | None = ..., update_time: Timestamp | None = ..., create_time: Timestamp | None = ...) -> None: ...
-class StringList(Message):
+class StringList(_Message):
     @property
     def values(self) -> RepeatedScalarFieldContainer[str]: ...
     def __init__(self, *, values: Iterable[str] | None = ...) -> None: ...
-class CustomMetadata(Message):
+class CustomMetadata(_Message):
     string_value: str
     @property
     def string_list_value(self) -> StringList: ...
     numeric_value: float
     key: str
     def __init__(self, *, string_value: str | None = ..., string_list_value: StringList | None = ..., numeric_value: float | None = ..., key: str | None = ...) -> None: ...
-class MetadataFilter(Message):
+class MetadataFilter(_Message):
     key: str
     @property
     def conditions(self) -> RepeatedCompositeFieldContainer[Condition]: ...
     def __init__(self, *, key: str | None = ..., conditions: Iterable[Condition] | None = ...) -> None: ...
-class Condition(Message):
+class Condition(_Message):
     class Operator:
         @classmethod
         def Name(cls, number: int) -> str: ...
@@ -692,7 +702,7 @@ class Condition(Message):
     numeric_value: float
     operation: int
     def __init__(self, *, string_value: str | None = ..., numeric_value: float | None = ..., operation: int | None = ...) -> None: ...
-class Chunk(Message):
+class Chunk(_Message):
     class State:
         @classmethod
         def Name(cls, number: int) -> str: ...
@@ -717,10 +727,10 @@ class Chunk(Message):
     def update_time(self) -> Timestamp: ...
     state: int
     def __init__(self, *, name: str | None = ..., data: ChunkData | None = ..., custom_metadata: Iterable[CustomMetadata] | None = ..., create_time: Timestamp | None = ..., update_time: Timestamp | None = ..., state: int | None = ...) -> None: ...
-class ChunkData(Message):
+class ChunkData(_Message):
     string_value: str
     def __init__(self, *, string_value: str | None = ...) -> None: ...
-class ContentFilter(Message):
+class ContentFilter(_Message):
     class BlockedReason:
         @classmethod
         def Name(cls, number: int) -> str: ...
@@ -735,13 +745,13 @@ class ContentFilter(Message):
     reason: int
     message: str
     def __init__(self, *, reason: int | None = ..., message: str | None = ...) -> None: ...
-class SafetyFeedback(Message):
+class SafetyFeedback(_Message):
     @property
     def rating(self) -> SafetyRating: ...
     @property
     def setting(self) -> SafetySetting: ...
     def __init__(self, *, rating: SafetyRating | None = ..., setting: SafetySetting | None = ...) -> None: ...
-class SafetyRating(Message):
+class SafetyRating(_Message):
     class HarmProbability:
         @classmethod
         def Name(cls, number: int) -> str: ...
@@ -761,7 +771,7 @@ class SafetyRating(Message):
     probability: int
     blocked: bool
     def __init__(self, *, category: int | None = ..., probability: int | None = ..., blocked: bool | None = ...) -> None: ...
-class SafetySetting(Message):
+class SafetySetting(_Message):
     class HarmBlockThreshold:
         @classmethod
         def Name(cls, number: int) -> str: ...
@@ -799,7 +809,7 @@ class HarmCategory:
     HARM_CATEGORY_SEXUALLY_EXPLICIT: ClassVar[int]
     HARM_CATEGORY_DANGEROUS_CONTENT: ClassVar[int]
     HARM_CATEGORY_CIVIC_INTEGRITY: ClassVar[int]
-class GenerateContentRequest(Message):
+class GenerateContentRequest(_Message):
     model: str
     @property
     def system_instruction(self) -> Content: ...
@@ -815,37 +825,37 @@ class GenerateContentRequest(Message):
     def generation_config(self) -> GenerationConfig: ...
     cached_content: str
     def __init__(self, *, model: str | None = ..., system_instruction: Content | None = ..., contents: Iterable[Content] | None = ..., tools: Iterable[Tool] | None = ..., tool_config: ToolConfig | None = ..., safety_settings: Iterable[SafetySetting] | None = ..., generation_config: GenerationConfig | None = ..., cached_content: str | None = ...) -> None: ...
-class PrebuiltVoiceConfig(Message):
+class PrebuiltVoiceConfig(_Message):
     voice_name: str
     def __init__(self, *, voice_name: str | None = ...) -> None: ...
-class VoiceConfig(Message):
+class VoiceConfig(_Message):
     @property
     def prebuilt_voice_config(self) -> PrebuiltVoiceConfig: ...
     def __init__(self, *, prebuilt_voice_config: PrebuiltVoiceConfig | None = ...) -> None: ...
-class SpeakerVoiceConfig(Message):
+class SpeakerVoiceConfig(_Message):
     speaker: str
     @property
     def voice_config(self) -> VoiceConfig: ...
     def __init__(self, *, speaker: str | None = ..., voice_config: VoiceConfig | None = ...) -> None: ...
-class MultiSpeakerVoiceConfig(Message):
+class MultiSpeakerVoiceConfig(_Message):
     @property
     def speaker_voice_configs(self) -> RepeatedCompositeFieldContainer[SpeakerVoiceConfig]: ...
     def __init__(self, *, speaker_voice_configs: Iterable[SpeakerVoiceConfig] | None = ...) -> None: ...
-class SpeechConfig(Message):
+class SpeechConfig(_Message):
     @property
     def voice_config(self) -> VoiceConfig: ...
     @property
     def multi_speaker_voice_config(self) -> MultiSpeakerVoiceConfig: ...
     language_code: str
     def __init__(self, *, voice_config: VoiceConfig | None = ..., multi_speaker_voice_config: MultiSpeakerVoiceConfig | None = ..., language_code: str | None = ...) -> None: ...
-class ThinkingConfig(Message):
+class ThinkingConfig(_Message):
     include_thoughts: bool
     thinking_budget: int
     def __init__(self, *, include_thoughts: bool | None = ..., thinking_budget: int | None = ...) -> None: ...
-class ImageConfig(Message):
+class ImageConfig(_Message):
     aspect_ratio: str
     def __init__(self, *, aspect_ratio: str | None = ...) -> None: ...
-class GenerationConfig(Message):
+class GenerationConfig(_Message):
     class Modality:
         @classmethod
         def Name(cls, number: int) -> str: ...
@@ -902,7 +912,7 @@ class GenerationConfig(Message):
     def image_config(self) -> ImageConfig: ...
     media_resolution: int
     def __init__(self, *, candidate_count: int | None = ..., stop_sequences: Iterable[str] | None = ..., max_output_tokens: int | None = ..., temperature: float | None = ..., top_p: float | None = ..., top_k: int | None = ..., seed: int | None = ..., response_mime_type: str | None = ..., response_schema: Schema | None = ..., response_json_schema: Value | None = ..., response_json_schema_ordered: Value | None = ..., presence_penalty: float | None = ..., frequency_penalty: float | None = ..., response_logprobs: bool | None = ..., logprobs: int | None = ..., enable_enhanced_civic_answers: bool | None = ..., response_modalities: Iterable[int] | None = ..., speech_config: SpeechConfig | None = ..., thinking_config: ThinkingConfig | None = ..., image_config: ImageConfig | None = ..., media_resolution: int | None = ...) -> None: ...
-class SemanticRetrieverConfig(Message):
+class SemanticRetrieverConfig(_Message):
     source: str
     @property
     def query(self) -> Content: ...
@@ -911,8 +921,8 @@ class SemanticRetrieverConfig(Message):
     max_chunks_count: int
     minimum_relevance_score: float
     def __init__(self, *, source: str | None = ..., query: Content | None = ..., metadata_filters: Iterable[MetadataFilter] | None = ..., max_chunks_count: int | None = ..., minimum_relevance_score: float | None = ...) -> None: ...
-class GenerateContentResponse(Message):
-    class PromptFeedback(Message):
+class GenerateContentResponse(_Message):
+    class PromptFeedback(_Message):
         class BlockReason:
             @classmethod
             def Name(cls, number: int) -> str: ...
@@ -934,7 +944,7 @@ class GenerateContentResponse(Message):
         @property
         def safety_ratings(self) -> RepeatedCompositeFieldContainer[SafetyRating]: ...
         def __init__(self, *, block_reason: int | None = ..., safety_ratings: Iterable[SafetyRating] | None = ...) -> None: ...
-    class UsageMetadata(Message):
+    class UsageMetadata(_Message):
         prompt_token_count: int
         cached_content_token_count: int
         candidates_token_count: int
@@ -959,7 +969,7 @@ class GenerateContentResponse(Message):
     model_version: str
     response_id: str
     def __init__(self, *, candidates: Iterable[Candidate] | None = ..., prompt_feedback: GenerateContentResponse.PromptFeedback | None = ..., usage_metadata: GenerateContentResponse.UsageMetadata | None = ..., model_version: str | None = ..., response_id: str | None = ...) -> None: ...
-class Candidate(Message):
+class Candidate(_Message):
     class FinishReason:
         @classmethod
         def Name(cls, number: int) -> str: ...
@@ -1021,11 +1031,11 @@ class Candidate(Message):
     @property
     def url_context_metadata(self) -> UrlContextMetadata: ...
     def __init__(self, *, index: int | None = ..., content: Content | None = ..., finish_reason: int | None = ..., finish_message: str | None = ..., safety_ratings: Iterable[SafetyRating] | None = ..., citation_metadata: CitationMetadata | None = ..., token_count: int | None = ..., grounding_attributions: Iterable[GroundingAttribution] | None = ..., grounding_metadata: GroundingMetadata | None = ..., avg_logprobs: float | None = ..., logprobs_result: LogprobsResult | None = ..., url_context_metadata: UrlContextMetadata | None = ...) -> None: ...
-class UrlContextMetadata(Message):
+class UrlContextMetadata(_Message):
     @property
     def url_metadata(self) -> RepeatedCompositeFieldContainer[UrlMetadata]: ...
     def __init__(self, *, url_metadata: Iterable[UrlMetadata] | None = ...) -> None: ...
-class UrlMetadata(Message):
+class UrlMetadata(_Message):
     class UrlRetrievalStatus:
         @classmethod
         def Name(cls, number: int) -> str: ...
@@ -1044,13 +1054,13 @@ class UrlMetadata(Message):
     retrieved_url: str
     url_retrieval_status: int
     def __init__(self, *, retrieved_url: str | None = ..., url_retrieval_status: int | None = ...) -> None: ...
-class LogprobsResult(Message):
-    class Candidate(Message):
+class LogprobsResult(_Message):
+    class Candidate(_Message):
         token: str
         token_id: int
         log_probability: float
         def __init__(self, *, token: str | None = ..., token_id: int | None = ..., log_probability: float | None = ...) -> None: ...
-    class TopCandidates(Message):
+    class TopCandidates(_Message):
         @property
         def candidates(self) -> RepeatedCompositeFieldContainer[LogprobsResult.Candidate]: ...
         def __init__(self, *, candidates: Iterable[LogprobsResult.Candidate] | None = ...) -> None: ...
@@ -1060,12 +1070,12 @@ class LogprobsResult(Message):
     @property
     def chosen_candidates(self) -> RepeatedCompositeFieldContainer[LogprobsResult.Candidate]: ...
     def __init__(self, *, log_probability_sum: float | None = ..., top_candidates: Iterable[LogprobsResult.TopCandidates] | None = ..., chosen_candidates: Iterable[LogprobsResult.Candidate] | None = ...) -> None: ...
-class AttributionSourceId(Message):
-    class GroundingPassageId(Message):
+class AttributionSourceId(_Message):
+    class GroundingPassageId(_Message):
         passage_id: str
         part_index: int
         def __init__(self, *, passage_id: str | None = ..., part_index: int | None = ...) -> None: ...
-    class SemanticRetrieverChunk(Message):
+    class SemanticRetrieverChunk(_Message):
         source: str
         chunk: str
         def __init__(self, *, source: str | None = ..., chunk: str | None = ...) -> None: ...
@@ -1074,16 +1084,16 @@ class AttributionSourceId(Message):
     @property
     def semantic_retriever_chunk(self) -> AttributionSourceId.SemanticRetrieverChunk: ...
     def __init__(self, *, grounding_passage: AttributionSourceId.GroundingPassageId | None = ..., semantic_retriever_chunk: AttributionSourceId.SemanticRetrieverChunk | None = ...) -> None: ...
-class GroundingAttribution(Message):
+class GroundingAttribution(_Message):
     @property
     def source_id(self) -> AttributionSourceId: ...
     @property
     def content(self) -> Content: ...
     def __init__(self, *, source_id: AttributionSourceId | None = ..., content: Content | None = ...) -> None: ...
-class RetrievalMetadata(Message):
+class RetrievalMetadata(_Message):
     google_search_dynamic_retrieval_score: float
     def __init__(self, *, google_search_dynamic_retrieval_score: float | None = ...) -> None: ...
-class GroundingMetadata(Message):
+class GroundingMetadata(_Message):
     @property
     def search_entry_point(self) -> SearchEntryPoint: ...
     @property
@@ -1096,23 +1106,23 @@ class GroundingMetadata(Message):
     def web_search_queries(self) -> RepeatedScalarFieldContainer[str]: ...
     google_maps_widget_context_token: str
     def __init__(self, *, search_entry_point: SearchEntryPoint | None = ..., grounding_chunks: Iterable[GroundingChunk] | None = ..., grounding_supports: Iterable[GroundingSupport] | None = ..., retrieval_metadata: RetrievalMetadata | None = ..., web_search_queries: Iterable[str] | None = ..., google_maps_widget_context_token: str | None = ...) -> None: ...
-class SearchEntryPoint(Message):
+class SearchEntryPoint(_Message):
     rendered_content: str
     sdk_blob: bytes
     def __init__(self, *, rendered_content: str | None = ..., sdk_blob: bytes | None = ...) -> None: ...
-class GroundingChunk(Message):
-    class Web(Message):
+class GroundingChunk(_Message):
+    class Web(_Message):
         uri: str
         title: str
         def __init__(self, *, uri: str | None = ..., title: str | None = ...) -> None: ...
-    class RetrievedContext(Message):
+    class RetrievedContext(_Message):
         uri: str
         title: str
         text: str
         def __init__(self, *, uri: str | None = ..., title: str | None = ..., text: str | None = ...) -> None: ...
-    class Maps(Message):
-        class PlaceAnswerSources(Message):
-            class ReviewSnippet(Message):
+    class Maps(_Message):
+        class PlaceAnswerSources(_Message):
+            class ReviewSnippet(_Message):
                 review_id: str
                 google_maps_uri: str
                 title: str
@@ -1134,13 +1144,13 @@ class GroundingChunk(Message):
     @property
     def maps(self) -> GroundingChunk.Maps: ...
     def __init__(self, *, web: GroundingChunk.Web | None = ..., retrieved_context: GroundingChunk.RetrievedContext | None = ..., maps: GroundingChunk.Maps | None = ...) -> None: ...
-class Segment(Message):
+class Segment(_Message):
     part_index: int
     start_index: int
     end_index: int
     text: str
     def __init__(self, *, part_index: int | None = ..., start_index: int | None = ..., end_index: int | None = ..., text: str | None = ...) -> None: ...
-class GroundingSupport(Message):
+class GroundingSupport(_Message):
     @property
     def segment(self) -> Segment: ...
     @property
@@ -1148,7 +1158,7 @@ class GroundingSupport(Message):
     @property
     def confidence_scores(self) -> RepeatedScalarFieldContainer[float]: ...
     def __init__(self, *, segment: Segment | None = ..., grounding_chunk_indices: Iterable[int] | None = ..., confidence_scores: Iterable[float] | None = ...) -> None: ...
-class GenerateAnswerRequest(Message):
+class GenerateAnswerRequest(_Message):
     class AnswerStyle:
         @classmethod
         def Name(cls, number: int) -> str: ...
@@ -1174,8 +1184,8 @@ class GenerateAnswerRequest(Message):
     def safety_settings(self) -> RepeatedCompositeFieldContainer[SafetySetting]: ...
     temperature: float
     def __init__(self, *, inline_passages: GroundingPassages | None = ..., semantic_retriever: SemanticRetrieverConfig | None = ..., model: str | None = ..., contents: Iterable[Content] | None = ..., answer_style: int | None = ..., safety_settings: Iterable[SafetySetting] | None = ..., temperature: float | None = ...) -> None: ...
-class GenerateAnswerResponse(Message):
-    class InputFeedback(Message):
+class GenerateAnswerResponse(_Message):
+    class InputFeedback(_Message):
         class BlockReason:
             @classmethod
             def Name(cls, number: int) -> str: ...
@@ -1197,7 +1207,7 @@ class GenerateAnswerResponse(Message):
     @property
     def input_feedback(self) -> GenerateAnswerResponse.InputFeedback: ...
     def __init__(self, *, answer: Candidate | None = ..., answerable_probability: float | None = ..., input_feedback: GenerateAnswerResponse.InputFeedback | None = ...) -> None: ...
-class EmbedContentRequest(Message):
+class EmbedContentRequest(_Message):
     model: str
     @property
     def content(self) -> Content: ...
@@ -1205,31 +1215,31 @@ class EmbedContentRequest(Message):
     title: str
     output_dimensionality: int
     def __init__(self, *, model: str | None = ..., content: Content | None = ..., task_type: int | None = ..., title: str | None = ..., output_dimensionality: int | None = ...) -> None: ...
-class ContentEmbedding(Message):
+class ContentEmbedding(_Message):
     @property
     def values(self) -> RepeatedScalarFieldContainer[float]: ...
     def __init__(self, *, values: Iterable[float] | None = ...) -> None: ...
-class EmbedContentResponse(Message):
+class EmbedContentResponse(_Message):
     @property
     def embedding(self) -> ContentEmbedding: ...
     def __init__(self, *, embedding: ContentEmbedding | None = ...) -> None: ...
-class BatchEmbedContentsRequest(Message):
+class BatchEmbedContentsRequest(_Message):
     model: str
     @property
     def requests(self) -> RepeatedCompositeFieldContainer[EmbedContentRequest]: ...
     def __init__(self, *, model: str | None = ..., requests: Iterable[EmbedContentRequest] | None = ...) -> None: ...
-class BatchEmbedContentsResponse(Message):
+class BatchEmbedContentsResponse(_Message):
     @property
     def embeddings(self) -> RepeatedCompositeFieldContainer[ContentEmbedding]: ...
     def __init__(self, *, embeddings: Iterable[ContentEmbedding] | None = ...) -> None: ...
-class CountTokensRequest(Message):
+class CountTokensRequest(_Message):
     model: str
     @property
     def contents(self) -> RepeatedCompositeFieldContainer[Content]: ...
     @property
     def generate_content_request(self) -> GenerateContentRequest: ...
     def __init__(self, *, model: str | None = ..., contents: Iterable[Content] | None = ..., generate_content_request: GenerateContentRequest | None = ...) -> None: ...
-class CountTokensResponse(Message):
+class CountTokensResponse(_Message):
     total_tokens: int
     cached_content_token_count: int
     @property
@@ -1237,7 +1247,7 @@ class CountTokensResponse(Message):
     @property
     def cache_tokens_details(self) -> RepeatedCompositeFieldContainer[ModalityTokenCount]: ...
     def __init__(self, *, total_tokens: int | None = ..., cached_content_token_count: int | None = ..., prompt_tokens_details: Iterable[ModalityTokenCount] | None = ..., cache_tokens_details: Iterable[ModalityTokenCount] | None = ...) -> None: ...
-class RealtimeInputConfig(Message):
+class RealtimeInputConfig(_Message):
     class ActivityHandling:
         @classmethod
         def Name(cls, number: int) -> str: ...
@@ -1260,7 +1270,7 @@ class RealtimeInputConfig(Message):
     TURN_COVERAGE_UNSPECIFIED: ClassVar[int]
     TURN_INCLUDES_ONLY_ACTIVITY: ClassVar[int]
     TURN_INCLUDES_ALL_INPUT: ClassVar[int]
-    class AutomaticActivityDetection(Message):
+    class AutomaticActivityDetection(_Message):
         class StartSensitivity:
             @classmethod
             def Name(cls, number: int) -> str: ...
@@ -1294,20 +1304,20 @@ class RealtimeInputConfig(Message):
     activity_handling: int
     turn_coverage: int
     def __init__(self, *, automatic_activity_detection: RealtimeInputConfig.AutomaticActivityDetection | None = ..., activity_handling: int | None = ..., turn_coverage: int | None = ...) -> None: ...
-class SessionResumptionConfig(Message):
+class SessionResumptionConfig(_Message):
     handle: str
     def __init__(self, *, handle: str | None = ...) -> None: ...
-class ContextWindowCompressionConfig(Message):
-    class SlidingWindow(Message):
+class ContextWindowCompressionConfig(_Message):
+    class SlidingWindow(_Message):
         target_tokens: int
         def __init__(self, *, target_tokens: int | None = ...) -> None: ...
     @property
     def sliding_window(self) -> ContextWindowCompressionConfig.SlidingWindow: ...
     trigger_tokens: int
     def __init__(self, *, sliding_window: ContextWindowCompressionConfig.SlidingWindow | None = ..., trigger_tokens: int | None = ...) -> None: ...
-class AudioTranscriptionConfig(Message):
+class AudioTranscriptionConfig(_Message):
     def __init__(self) -> None: ...
-class BidiGenerateContentSetup(Message):
+class BidiGenerateContentSetup(_Message):
     model: str
     @property
     def generation_config(self) -> GenerationConfig: ...
@@ -1326,15 +1336,15 @@ class BidiGenerateContentSetup(Message):
     @property
     def output_audio_transcription(self) -> AudioTranscriptionConfig: ...
     def __init__(self, *, model: str | None = ..., generation_config: GenerationConfig | None = ..., system_instruction: Content | None = ..., tools: Iterable[Tool] | None = ..., realtime_input_config: RealtimeInputConfig | None = ..., session_resumption: SessionResumptionConfig | None = ..., context_window_compression: ContextWindowCompressionConfig | None = ..., input_audio_transcription: AudioTranscriptionConfig | None = ..., output_audio_transcription: AudioTranscriptionConfig | None = ...) -> None: ...
-class BidiGenerateContentClientContent(Message):
+class BidiGenerateContentClientContent(_Message):
     @property
     def turns(self) -> RepeatedCompositeFieldContainer[Content]: ...
     turn_complete: bool
     def __init__(self, *, turns: Iterable[Content] | None = ..., turn_complete: bool | None = ...) -> None: ...
-class BidiGenerateContentRealtimeInput(Message):
-    class ActivityStart(Message):
+class BidiGenerateContentRealtimeInput(_Message):
+    class ActivityStart(_Message):
         def __init__(self) -> None: ...
-    class ActivityEnd(Message):
+    class ActivityEnd(_Message):
         def __init__(self) -> None: ...
     @property
     def media_chunks(self) -> RepeatedCompositeFieldContainer[Blob]: ...
@@ -1349,11 +1359,11 @@ class BidiGenerateContentRealtimeInput(Message):
     @property
     def activity_end(self) -> BidiGenerateContentRealtimeInput.ActivityEnd: ...
     def __init__(self, *, media_chunks: Iterable[Blob] | None = ..., audio: Blob | None = ..., audio_stream_end: bool | None = ..., video: Blob | None = ..., text: str | None = ..., activity_start: BidiGenerateContentRealtimeInput.ActivityStart | None = ..., activity_end: BidiGenerateContentRealtimeInput.ActivityEnd | None = ...) -> None: ...
-class BidiGenerateContentToolResponse(Message):
+class BidiGenerateContentToolResponse(_Message):
     @property
     def function_responses(self) -> RepeatedCompositeFieldContainer[FunctionResponse]: ...
     def __init__(self, *, function_responses: Iterable[FunctionResponse] | None = ...) -> None: ...
-class BidiGenerateContentClientMessage(Message):
+class BidiGenerateContentClientMessage(_Message):
     @property
     def setup(self) -> BidiGenerateContentSetup: ...
     @property
@@ -1363,9 +1373,9 @@ class BidiGenerateContentClientMessage(Message):
     @property
     def tool_response(self) -> BidiGenerateContentToolResponse: ...
     def __init__(self, *, setup: BidiGenerateContentSetup | None = ..., client_content: BidiGenerateContentClientContent | None = ..., realtime_input: BidiGenerateContentRealtimeInput | None = ..., tool_response: BidiGenerateContentToolResponse | None = ...) -> None: ...
-class BidiGenerateContentSetupComplete(Message):
+class BidiGenerateContentSetupComplete(_Message):
     def __init__(self) -> None: ...
-class BidiGenerateContentServerContent(Message):
+class BidiGenerateContentServerContent(_Message):
     @property
     def model_turn(self) -> Content: ...
     generation_complete: bool
@@ -1381,26 +1391,26 @@ class BidiGenerateContentServerContent(Message):
     def url_context_metadata(self) -> UrlContextMetadata: ...
     waiting_for_input: bool
     def __init__(self, *, model_turn: Content | None = ..., generation_complete: bool | None = ..., turn_complete: bool | None = ..., interrupted: bool | None = ..., grounding_metadata: GroundingMetadata | None = ..., input_transcription: BidiGenerateContentTranscription | None = ..., output_transcription: BidiGenerateContentTranscription | None = ..., url_context_metadata: UrlContextMetadata | None = ..., waiting_for_input: bool | None = ...) -> None: ...
-class BidiGenerateContentToolCall(Message):
+class BidiGenerateContentToolCall(_Message):
     @property
     def function_calls(self) -> RepeatedCompositeFieldContainer[FunctionCall]: ...
     def __init__(self, *, function_calls: Iterable[FunctionCall] | None = ...) -> None: ...
-class BidiGenerateContentToolCallCancellation(Message):
+class BidiGenerateContentToolCallCancellation(_Message):
     @property
     def ids(self) -> RepeatedScalarFieldContainer[str]: ...
     def __init__(self, *, ids: Iterable[str] | None = ...) -> None: ...
-class GoAway(Message):
+class GoAway(_Message):
     @property
     def time_left(self) -> Duration: ...
     def __init__(self, *, time_left: Duration | None = ...) -> None: ...
-class SessionResumptionUpdate(Message):
+class SessionResumptionUpdate(_Message):
     new_handle: str
     resumable: bool
     def __init__(self, *, new_handle: str | None = ..., resumable: bool | None = ...) -> None: ...
-class BidiGenerateContentTranscription(Message):
+class BidiGenerateContentTranscription(_Message):
     text: str
     def __init__(self, *, text: str | None = ...) -> None: ...
-class BidiGenerateContentServerMessage(Message):
+class BidiGenerateContentServerMessage(_Message):
     @property
     def setup_complete(self) -> BidiGenerateContentSetupComplete: ...
     @property
@@ -1416,7 +1426,7 @@ class BidiGenerateContentServerMessage(Message):
     @property
     def usage_metadata(self) -> UsageMetadata: ...
     def __init__(self, *, setup_complete: BidiGenerateContentSetupComplete | None = ..., server_content: BidiGenerateContentServerContent | None = ..., tool_call: BidiGenerateContentToolCall | None = ..., tool_call_cancellation: BidiGenerateContentToolCallCancellation | None = ..., go_away: GoAway | None = ..., session_resumption_update: SessionResumptionUpdate | None = ..., usage_metadata: UsageMetadata | None = ...) -> None: ...
-class UsageMetadata(Message):
+class UsageMetadata(_Message):
     prompt_token_count: int
     cached_content_token_count: int
     response_token_count: int
@@ -1446,7 +1456,7 @@ class TaskType:
     QUESTION_ANSWERING: ClassVar[int]
     FACT_VERIFICATION: ClassVar[int]
     CODE_RETRIEVAL_QUERY: ClassVar[int]
-class GenerateTextRequest(Message):
+class GenerateTextRequest(_Message):
     model: str
     @property
     def prompt(self) -> TextPrompt: ...
@@ -1460,7 +1470,7 @@ class GenerateTextRequest(Message):
     @property
     def stop_sequences(self) -> RepeatedScalarFieldContainer[str]: ...
     def __init__(self, *, model: str | None = ..., prompt: TextPrompt | None = ..., temperature: float | None = ..., candidate_count: int | None = ..., max_output_tokens: int | None = ..., top_p: float | None = ..., top_k: int | None = ..., safety_settings: Iterable[SafetySetting] | None = ..., stop_sequences: Iterable[str] | None = ...) -> None: ...
-class GenerateTextResponse(Message):
+class GenerateTextResponse(_Message):
     @property
     def candidates(self) -> RepeatedCompositeFieldContainer[TextCompletion]: ...
     @property
@@ -1468,48 +1478,48 @@ class GenerateTextResponse(Message):
     @property
     def safety_feedback(self) -> RepeatedCompositeFieldContainer[SafetyFeedback]: ...
     def __init__(self, *, candidates: Iterable[TextCompletion] | None = ..., filters: Iterable[ContentFilter] | None = ..., safety_feedback: Iterable[SafetyFeedback] | None = ...) -> None: ...
-class TextPrompt(Message):
+class TextPrompt(_Message):
     text: str
     def __init__(self, *, text: str | None = ...) -> None: ...
-class TextCompletion(Message):
+class TextCompletion(_Message):
     output: str
     @property
     def safety_ratings(self) -> RepeatedCompositeFieldContainer[SafetyRating]: ...
     @property
     def citation_metadata(self) -> CitationMetadata: ...
     def __init__(self, *, output: str | None = ..., safety_ratings: Iterable[SafetyRating] | None = ..., citation_metadata: CitationMetadata | None = ...) -> None: ...
-class EmbedTextRequest(Message):
+class EmbedTextRequest(_Message):
     model: str
     text: str
     def __init__(self, *, model: str | None = ..., text: str | None = ...) -> None: ...
-class EmbedTextResponse(Message):
+class EmbedTextResponse(_Message):
     @property
     def embedding(self) -> Embedding: ...
     def __init__(self, *, embedding: Embedding | None = ...) -> None: ...
-class BatchEmbedTextRequest(Message):
+class BatchEmbedTextRequest(_Message):
     model: str
     @property
     def texts(self) -> RepeatedScalarFieldContainer[str]: ...
     @property
     def requests(self) -> RepeatedCompositeFieldContainer[EmbedTextRequest]: ...
     def __init__(self, *, model: str | None = ..., texts: Iterable[str] | None = ..., requests: Iterable[EmbedTextRequest] | None = ...) -> None: ...
-class BatchEmbedTextResponse(Message):
+class BatchEmbedTextResponse(_Message):
     @property
     def embeddings(self) -> RepeatedCompositeFieldContainer[Embedding]: ...
     def __init__(self, *, embeddings: Iterable[Embedding] | None = ...) -> None: ...
-class Embedding(Message):
+class Embedding(_Message):
     @property
     def value(self) -> RepeatedScalarFieldContainer[float]: ...
     def __init__(self, *, value: Iterable[float] | None = ...) -> None: ...
-class CountTextTokensRequest(Message):
+class CountTextTokensRequest(_Message):
     model: str
     @property
     def prompt(self) -> TextPrompt: ...
     def __init__(self, *, model: str | None = ..., prompt: TextPrompt | None = ...) -> None: ...
-class CountTextTokensResponse(Message):
+class CountTextTokensResponse(_Message):
     token_count: int
     def __init__(self, *, token_count: int | None = ...) -> None: ...
-class GenerateMessageRequest(Message):
+class GenerateMessageRequest(_Message):
     model: str
     @property
     def prompt(self) -> MessagePrompt: ...
@@ -1518,7 +1528,7 @@ class GenerateMessageRequest(Message):
     top_p: float
     top_k: int
     def __init__(self, *, model: str | None = ..., prompt: MessagePrompt | None = ..., temperature: float | None = ..., candidate_count: int | None = ..., top_p: float | None = ..., top_k: int | None = ...) -> None: ...
-class GenerateMessageResponse(Message):
+class GenerateMessageResponse(_Message):
     @property
     def candidates(self) -> RepeatedCompositeFieldContainer[Message]: ...
     @property
@@ -1526,34 +1536,34 @@ class GenerateMessageResponse(Message):
     @property
     def filters(self) -> RepeatedCompositeFieldContainer[ContentFilter]: ...
     def __init__(self, *, candidates: Iterable[Message] | None = ..., messages: Iterable[Message] | None = ..., filters: Iterable[ContentFilter] | None = ...) -> None: ...
-class Message(Message):
+class Message(_Message):
     author: str
     content: str
     @property
     def citation_metadata(self) -> CitationMetadata: ...
     def __init__(self, *, author: str | None = ..., content: str | None = ..., citation_metadata: CitationMetadata | None = ...) -> None: ...
-class MessagePrompt(Message):
+class MessagePrompt(_Message):
     context: str
     @property
     def examples(self) -> RepeatedCompositeFieldContainer[Example]: ...
     @property
     def messages(self) -> RepeatedCompositeFieldContainer[Message]: ...
     def __init__(self, *, context: str | None = ..., examples: Iterable[Example] | None = ..., messages: Iterable[Message] | None = ...) -> None: ...
-class Example(Message):
+class Example(_Message):
     @property
     def input(self) -> Message: ...
     @property
     def output(self) -> Message: ...
     def __init__(self, *, input: Message | None = ..., output: Message | None = ...) -> None: ...
-class CountMessageTokensRequest(Message):
+class CountMessageTokensRequest(_Message):
     model: str
     @property
     def prompt(self) -> MessagePrompt: ...
     def __init__(self, *, model: str | None = ..., prompt: MessagePrompt | None = ...) -> None: ...
-class CountMessageTokensResponse(Message):
+class CountMessageTokensResponse(_Message):
     token_count: int
     def __init__(self, *, token_count: int | None = ...) -> None: ...
-class File(Message):
+class File(_Message):
     class State:
         @classmethod
         def Name(cls, number: int) -> str: ...
@@ -1600,40 +1610,40 @@ class File(Message):
     @property
     def error(self) -> Status: ...
     def __init__(self, *, video_metadata: VideoFileMetadata | None = ..., name: str | None = ..., display_name: str | None = ..., mime_type: str | None = ..., size_bytes: int | None = ..., create_time: Timestamp | None = ..., update_time: Timestamp | None = ..., expiration_time: Timestamp | None = ..., sha256_hash: bytes | None = ..., uri: str | None = ..., download_uri: str | None = ..., state: int | None = ..., source: int | None = ..., error: Status | None = ...) -> None: ...
-class VideoFileMetadata(Message):
+class VideoFileMetadata(_Message):
     @property
     def video_duration(self) -> Duration: ...
     def __init__(self, *, video_duration: Duration | None = ...) -> None: ...
-class CreateFileRequest(Message):
+class CreateFileRequest(_Message):
     @property
     def file(self) -> File: ...
     def __init__(self, *, file: File | None = ...) -> None: ...
-class CreateFileResponse(Message):
+class CreateFileResponse(_Message):
     @property
     def file(self) -> File: ...
     def __init__(self, *, file: File | None = ...) -> None: ...
-class ListFilesRequest(Message):
+class ListFilesRequest(_Message):
     page_size: int
     page_token: str
     def __init__(self, *, page_size: int | None = ..., page_token: str | None = ...) -> None: ...
-class ListFilesResponse(Message):
+class ListFilesResponse(_Message):
     @property
     def files(self) -> RepeatedCompositeFieldContainer[File]: ...
     next_page_token: str
     def __init__(self, *, files: Iterable[File] | None = ..., next_page_token: str | None = ...) -> None: ...
-class GetFileRequest(Message):
+class GetFileRequest(_Message):
     name: str
     def __init__(self, *, name: str | None = ...) -> None: ...
-class DeleteFileRequest(Message):
+class DeleteFileRequest(_Message):
     name: str
     def __init__(self, *, name: str | None = ...) -> None: ...
-class DownloadFileRequest(Message):
+class DownloadFileRequest(_Message):
     name: str
     def __init__(self, *, name: str | None = ...) -> None: ...
-class DownloadFileResponse(Message):
+class DownloadFileResponse(_Message):
     def __init__(self) -> None: ...
-class CachedContent(Message):
-    class UsageMetadata(Message):
+class CachedContent(_Message):
+    class UsageMetadata(_Message):
         total_token_count: int
         def __init__(self, *, total_token_count: int | None = ...) -> None: ...
     @property
@@ -1658,220 +1668,220 @@ class CachedContent(Message):
     @property
     def usage_metadata(self) -> CachedContent.UsageMetadata: ...
     def __init__(self, *, expire_time: Timestamp | None = ..., ttl: Duration | None = ..., name: str | None = ..., display_name: str | None = ..., model: str | None = ..., system_instruction: Content | None = ..., contents: Iterable[Content] | None = ..., tools: Iterable[Tool] | None = ..., tool_config: ToolConfig | None = ..., create_time: Timestamp | None = ..., update_time: Timestamp | None = ..., usage_metadata: CachedContent.UsageMetadata | None = ...) -> None: ...
-class ListCachedContentsRequest(Message):
+class ListCachedContentsRequest(_Message):
     page_size: int
     page_token: str
     def __init__(self, *, page_size: int | None = ..., page_token: str | None = ...) -> None: ...
-class ListCachedContentsResponse(Message):
+class ListCachedContentsResponse(_Message):
     @property
     def cached_contents(self) -> RepeatedCompositeFieldContainer[CachedContent]: ...
     next_page_token: str
     def __init__(self, *, cached_contents: Iterable[CachedContent] | None = ..., next_page_token: str | None = ...) -> None: ...
-class CreateCachedContentRequest(Message):
+class CreateCachedContentRequest(_Message):
     @property
     def cached_content(self) -> CachedContent: ...
     def __init__(self, *, cached_content: CachedContent | None = ...) -> None: ...
-class GetCachedContentRequest(Message):
+class GetCachedContentRequest(_Message):
     name: str
     def __init__(self, *, name: str | None = ...) -> None: ...
-class UpdateCachedContentRequest(Message):
+class UpdateCachedContentRequest(_Message):
     @property
     def cached_content(self) -> CachedContent: ...
     @property
     def update_mask(self) -> FieldMask: ...
     def __init__(self, *, cached_content: CachedContent | None = ..., update_mask: FieldMask | None = ...) -> None: ...
-class DeleteCachedContentRequest(Message):
+class DeleteCachedContentRequest(_Message):
     name: str
     def __init__(self, *, name: str | None = ...) -> None: ...
-class CreateCorpusRequest(Message):
+class CreateCorpusRequest(_Message):
     @property
     def corpus(self) -> Corpus: ...
     def __init__(self, *, corpus: Corpus | None = ...) -> None: ...
-class GetCorpusRequest(Message):
+class GetCorpusRequest(_Message):
     name: str
     def __init__(self, *, name: str | None = ...) -> None: ...
-class UpdateCorpusRequest(Message):
+class UpdateCorpusRequest(_Message):
     @property
     def corpus(self) -> Corpus: ...
     @property
     def update_mask(self) -> FieldMask: ...
     def __init__(self, *, corpus: Corpus | None = ..., update_mask: FieldMask | None = ...) -> None: ...
-class DeleteCorpusRequest(Message):
+class DeleteCorpusRequest(_Message):
     name: str
     force: bool
     def __init__(self, *, name: str | None = ..., force: bool | None = ...) -> None: ...
-class ListCorporaRequest(Message):
+class ListCorporaRequest(_Message):
     page_size: int
     page_token: str
     def __init__(self, *, page_size: int | None = ..., page_token: str | None = ...) -> None: ...
-class ListCorporaResponse(Message):
+class ListCorporaResponse(_Message):
     @property
     def corpora(self) -> RepeatedCompositeFieldContainer[Corpus]: ...
     next_page_token: str
     def __init__(self, *, corpora: Iterable[Corpus] | None = ..., next_page_token: str | None = ...) -> None: ...
-class QueryCorpusRequest(Message):
+class QueryCorpusRequest(_Message):
     name: str
     query: str
     @property
     def metadata_filters(self) -> RepeatedCompositeFieldContainer[MetadataFilter]: ...
     results_count: int
     def __init__(self, *, name: str | None = ..., query: str | None = ..., metadata_filters: Iterable[MetadataFilter] | None = ..., results_count: int | None = ...) -> None: ...
-class QueryCorpusResponse(Message):
+class QueryCorpusResponse(_Message):
     @property
     def relevant_chunks(self) -> RepeatedCompositeFieldContainer[RelevantChunk]: ...
     def __init__(self, *, relevant_chunks: Iterable[RelevantChunk] | None = ...) -> None: ...
-class RelevantChunk(Message):
+class RelevantChunk(_Message):
     chunk_relevance_score: float
     @property
     def chunk(self) -> Chunk: ...
     @property
     def document(self) -> Document: ...
     def __init__(self, *, chunk_relevance_score: float | None = ..., chunk: Chunk | None = ..., document: Document | None = ...) -> None: ...
-class CreateDocumentRequest(Message):
+class CreateDocumentRequest(_Message):
     parent: str
     @property
     def document(self) -> Document: ...
     def __init__(self, *, parent: str | None = ..., document: Document | None = ...) -> None: ...
-class GetDocumentRequest(Message):
+class GetDocumentRequest(_Message):
     name: str
     def __init__(self, *, name: str | None = ...) -> None: ...
-class UpdateDocumentRequest(Message):
+class UpdateDocumentRequest(_Message):
     @property
     def document(self) -> Document: ...
     @property
     def update_mask(self) -> FieldMask: ...
     def __init__(self, *, document: Document | None = ..., update_mask: FieldMask | None = ...) -> None: ...
-class DeleteDocumentRequest(Message):
+class DeleteDocumentRequest(_Message):
     name: str
     force: bool
     def __init__(self, *, name: str | None = ..., force: bool | None = ...) -> None: ...
-class ListDocumentsRequest(Message):
+class ListDocumentsRequest(_Message):
     parent: str
     page_size: int
     page_token: str
     def __init__(self, *, parent: str | None = ..., page_size: int | None = ..., page_token: str | None = ...) -> None: ...
-class ListDocumentsResponse(Message):
+class ListDocumentsResponse(_Message):
     @property
     def documents(self) -> RepeatedCompositeFieldContainer[Document]: ...
     next_page_token: str
     def __init__(self, *, documents: Iterable[Document] | None = ..., next_page_token: str | None = ...) -> None: ...
-class QueryDocumentRequest(Message):
+class QueryDocumentRequest(_Message):
     name: str
     query: str
     results_count: int
     @property
     def metadata_filters(self) -> RepeatedCompositeFieldContainer[MetadataFilter]: ...
     def __init__(self, *, name: str | None = ..., query: str | None = ..., results_count: int | None = ..., metadata_filters: Iterable[MetadataFilter] | None = ...) -> None: ...
-class QueryDocumentResponse(Message):
+class QueryDocumentResponse(_Message):
     @property
     def relevant_chunks(self) -> RepeatedCompositeFieldContainer[RelevantChunk]: ...
     def __init__(self, *, relevant_chunks: Iterable[RelevantChunk] | None = ...) -> None: ...
-class CreateChunkRequest(Message):
+class CreateChunkRequest(_Message):
     parent: str
     @property
     def chunk(self) -> Chunk: ...
     def __init__(self, *, parent: str | None = ..., chunk: Chunk | None = ...) -> None: ...
-class BatchCreateChunksRequest(Message):
+class BatchCreateChunksRequest(_Message):
     parent: str
     @property
     def requests(self) -> RepeatedCompositeFieldContainer[CreateChunkRequest]: ...
     def __init__(self, *, parent: str | None = ..., requests: Iterable[CreateChunkRequest] | None = ...) -> None: ...
-class BatchCreateChunksResponse(Message):
+class BatchCreateChunksResponse(_Message):
     @property
     def chunks(self) -> RepeatedCompositeFieldContainer[Chunk]: ...
     def __init__(self, *, chunks: Iterable[Chunk] | None = ...) -> None: ...
-class GetChunkRequest(Message):
+class GetChunkRequest(_Message):
     name: str
     def __init__(self, *, name: str | None = ...) -> None: ...
-class UpdateChunkRequest(Message):
+class UpdateChunkRequest(_Message):
     @property
     def chunk(self) -> Chunk: ...
     @property
     def update_mask(self) -> FieldMask: ...
     def __init__(self, *, chunk: Chunk | None = ..., update_mask: FieldMask | None = ...) -> None: ...
-class BatchUpdateChunksRequest(Message):
+class BatchUpdateChunksRequest(_Message):
     parent: str
     @property
     def requests(self) -> RepeatedCompositeFieldContainer[UpdateChunkRequest]: ...
     def __init__(self, *, parent: str | None = ..., requests: Iterable[UpdateChunkRequest] | None = ...) -> None: ...
-class BatchUpdateChunksResponse(Message):
+class BatchUpdateChunksResponse(_Message):
     @property
     def chunks(self) -> RepeatedCompositeFieldContainer[Chunk]: ...
     def __init__(self, *, chunks: Iterable[Chunk] | None = ...) -> None: ...
-class DeleteChunkRequest(Message):
+class DeleteChunkRequest(_Message):
     name: str
     def __init__(self, *, name: str | None = ...) -> None: ...
-class BatchDeleteChunksRequest(Message):
+class BatchDeleteChunksRequest(_Message):
     parent: str
     @property
     def requests(self) -> RepeatedCompositeFieldContainer[DeleteChunkRequest]: ...
     def __init__(self, *, parent: str | None = ..., requests: Iterable[DeleteChunkRequest] | None = ...) -> None: ...
-class ListChunksRequest(Message):
+class ListChunksRequest(_Message):
     parent: str
     page_size: int
     page_token: str
     def __init__(self, *, parent: str | None = ..., page_size: int | None = ..., page_token: str | None = ...) -> None: ...
-class ListChunksResponse(Message):
+class ListChunksResponse(_Message):
     @property
     def chunks(self) -> RepeatedCompositeFieldContainer[Chunk]: ...
     next_page_token: str
     def __init__(self, *, chunks: Iterable[Chunk] | None = ..., next_page_token: str | None = ...) -> None: ...
-class PredictRequest(Message):
+class PredictRequest(_Message):
     model: str
     @property
     def instances(self) -> RepeatedCompositeFieldContainer[Value]: ...
     @property
     def parameters(self) -> Value: ...
     def __init__(self, *, model: str | None = ..., instances: Iterable[Value] | None = ..., parameters: Value | None = ...) -> None: ...
-class PredictLongRunningRequest(Message):
+class PredictLongRunningRequest(_Message):
     model: str
     @property
     def instances(self) -> RepeatedCompositeFieldContainer[Value]: ...
     @property
     def parameters(self) -> Value: ...
     def __init__(self, *, model: str | None = ..., instances: Iterable[Value] | None = ..., parameters: Value | None = ...) -> None: ...
-class PredictResponse(Message):
+class PredictResponse(_Message):
     @property
     def predictions(self) -> RepeatedCompositeFieldContainer[Value]: ...
     def __init__(self, *, predictions: Iterable[Value] | None = ...) -> None: ...
-class PredictLongRunningResponse(Message):
+class PredictLongRunningResponse(_Message):
     @property
     def generate_video_response(self) -> PredictLongRunningGeneratedVideoResponse: ...
     def __init__(self, *, generate_video_response: PredictLongRunningGeneratedVideoResponse | None = ...) -> None: ...
-class PredictLongRunningMetadata(Message):
+class PredictLongRunningMetadata(_Message):
     def __init__(self) -> None: ...
-class Media(Message):
+class Media(_Message):
     @property
     def video(self) -> Video: ...
     def __init__(self, *, video: Video | None = ...) -> None: ...
-class Video(Message):
+class Video(_Message):
     video: bytes
     uri: str
     def __init__(self, *, video: bytes | None = ..., uri: str | None = ...) -> None: ...
-class PredictLongRunningGeneratedVideoResponse(Message):
+class PredictLongRunningGeneratedVideoResponse(_Message):
     @property
     def generated_samples(self) -> RepeatedCompositeFieldContainer[Media]: ...
     rai_media_filtered_count: int
     @property
     def rai_media_filtered_reasons(self) -> RepeatedScalarFieldContainer[str]: ...
     def __init__(self, *, generated_samples: Iterable[Media] | None = ..., rai_media_filtered_count: int | None = ..., rai_media_filtered_reasons: Iterable[str] | None = ...) -> None: ...
-class ErrorInfo(Message):
+class ErrorInfo(_Message):
     reason: str
     domain: str
     @property
     def metadata(self) -> MutableMapping[str, str]: ...
     def __init__(self, *, reason: str | None = ..., domain: str | None = ..., metadata: Mapping[str, str] | None = ...) -> None: ...
-class RetryInfo(Message):
+class RetryInfo(_Message):
     @property
     def retry_delay(self) -> Duration: ...
     def __init__(self, *, retry_delay: Duration | None = ...) -> None: ...
-class DebugInfo(Message):
+class DebugInfo(_Message):
     @property
     def stack_entries(self) -> RepeatedScalarFieldContainer[str]: ...
     detail: str
     def __init__(self, *, stack_entries: Iterable[str] | None = ..., detail: str | None = ...) -> None: ...
-class QuotaFailure(Message):
-    class Violation(Message):
+class QuotaFailure(_Message):
+    class Violation(_Message):
         subject: str
         description: str
         api_service: str
@@ -1885,8 +1895,8 @@ class QuotaFailure(Message):
     @property
     def violations(self) -> RepeatedCompositeFieldContainer[QuotaFailure.Violation]: ...
     def __init__(self, *, violations: Iterable[QuotaFailure.Violation] | None = ...) -> None: ...
-class PreconditionFailure(Message):
-    class Violation(Message):
+class PreconditionFailure(_Message):
+    class Violation(_Message):
         type: str
         subject: str
         description: str
@@ -1894,8 +1904,8 @@ class PreconditionFailure(Message):
     @property
     def violations(self) -> RepeatedCompositeFieldContainer[PreconditionFailure.Violation]: ...
     def __init__(self, *, violations: Iterable[PreconditionFailure.Violation] | None = ...) -> None: ...
-class BadRequest(Message):
-    class FieldViolation(Message):
+class BadRequest(_Message):
+    class FieldViolation(_Message):
         field: str
         description: str
         reason: str
@@ -1905,25 +1915,25 @@ class BadRequest(Message):
     @property
     def field_violations(self) -> RepeatedCompositeFieldContainer[BadRequest.FieldViolation]: ...
     def __init__(self, *, field_violations: Iterable[BadRequest.FieldViolation] | None = ...) -> None: ...
-class RequestInfo(Message):
+class RequestInfo(_Message):
     request_id: str
     serving_data: str
     def __init__(self, *, request_id: str | None = ..., serving_data: str | None = ...) -> None: ...
-class ResourceInfo(Message):
+class ResourceInfo(_Message):
     resource_type: str
     resource_name: str
     owner: str
     description: str
     def __init__(self, *, resource_type: str | None = ..., resource_name: str | None = ..., owner: str | None = ..., description: str | None = ...) -> None: ...
-class Help(Message):
-    class Link(Message):
+class Help(_Message):
+    class Link(_Message):
         description: str
         url: str
         def __init__(self, *, description: str | None = ..., url: str | None = ...) -> None: ...
     @property
     def links(self) -> RepeatedCompositeFieldContainer[Help.Link]: ...
     def __init__(self, *, links: Iterable[Help.Link] | None = ...) -> None: ...
-class LocalizedMessage(Message):
+class LocalizedMessage(_Message):
     locale: str
     message: str
     def __init__(self, *, locale: str | None = ..., message: str | None = ...) -> None: ...

@@ -1,0 +1,1 @@
+"""Examples in, adapter out: torch only, no database, no HTTP."""
