@@ -19,3 +19,18 @@ class Caller:
     scopes: frozenset[str] = frozenset()
     project: str | None = None
     gone: threading.Event = field(default_factory=threading.Event, compare=False)
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What a request brings to prove who its caller is, as sent and not yet looked at.
+
+    Attributes:
+        bearer: An OAuth access token; it wins over a key, because clients send dummy keys beside it.
+        api_key: An API key.
+        project: The value of `x-goog-user-project`.
+    """
+
+    bearer: str | None = field(default=None, repr=False)
+    api_key: str | None = field(default=None, repr=False)
+    project: str | None = None

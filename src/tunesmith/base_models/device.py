@@ -1,13 +1,10 @@
-"""Where models run and in which precision."""
+"""Where the models run, and in which number format."""
 
 import torch
 
-_BF16_MATRIX = ("amx_bf16", "avx512_bf16", "arm_bf16", "bf16")
-"""CPU capabilities, by torch's names, with which a bfloat16 matrix product is faster than a float32 one."""
-
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of a setting; `auto` takes CUDA, then MPS, then the CPU."""
+    """Return the device that a setting names; `auto` takes the fastest one that this machine has."""
     if name != "auto":
         return torch.device(name)
     if torch.cuda.is_available():
@@ -18,8 +15,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """Return the precision of a base model's weights on a device."""
+    """Return the number format of a base model's weights and activations on a device.
+
+    bfloat16 where the device multiplies it natively; a CPU without such instructions emulates it, slower than
+    it computes in float32.
+    """
     if device.type != "cpu":
         return torch.bfloat16
     capabilities = torch.cpu.get_capabilities()
-    return torch.bfloat16 if any(capabilities.get(name) for name in _BF16_MATRIX) else torch.float32
+    native = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    return torch.bfloat16 if native else torch.float32

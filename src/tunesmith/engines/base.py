@@ -78,5 +78,8 @@ class Engine(Protocol):
     def count_tokens(self, model: BaseModel, adapter: str | None, turns: Sequence[Turn]) -> int:
         """Return the length of the prompt that `generate` would make."""
 
+    def preload(self, model: BaseModel) -> None:
+        """Load a base model before the first request asks for it."""
+
     def close(self) -> None:
         """Stop; requests that are under way end with Unavailable."""

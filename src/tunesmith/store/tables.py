@@ -68,6 +68,15 @@ class TunedModel(Table):
     __table_args__ = (Index("tuned_models_by_owner", "owner", "create_time", "id"),)
 
 
+class DeletedModel(Table):
+    """Who owned a model that is gone: they are told that it does not exist, others never knew."""
+
+    __tablename__ = "deleted_models"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(ForeignKey("accounts.email", ondelete="CASCADE"), primary_key=True)
+
+
 class Job(Table):
     """The work that makes a tuned model, and its long-running operation.
 
@@ -87,6 +96,8 @@ class Job(Table):
     total_steps: Mapped[int]
     create_time: Mapped[float]
     attempt: Mapped[int] = mapped_column(default=0)
+    fruitless_attempts: Mapped[int] = mapped_column(default=0)
+    """Claims since the last finished step: a job that keeps killing its worker is given up."""
     worker: Mapped[str | None]
     lease_until: Mapped[float | None]
     cancelled: Mapped[bool] = mapped_column(default=False)

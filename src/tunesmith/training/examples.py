@@ -91,7 +91,7 @@ def collate(rows: Sequence[Row], device: torch.device) -> Batch:
 
 
 def micro_batches(rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]:
-    """Split a batch into parts of at most `most_tokens` padded tokens (or one row), the longest rows first."""
+    """Split a batch into parts of at most `most_tokens` padded tokens (or one row), long rows first."""
     part: list[Row] = []
     for row in sorted(rows, key=len, reverse=True):
         if part and len(part[0]) * (len(part) + 1) > most_tokens:

@@ -72,7 +72,7 @@ class Adapter:
         return view
 
     def initialise(self, seed: int) -> None:
-        """Draw A uniformly in ±1/sqrt(in_features), as PEFT does, and set B to 0: the model starts unchanged."""
+        """Draw A uniformly in ±1/sqrt(in_features), as PEFT does; B is 0: the model starts unchanged."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for layer in self.layers.values():

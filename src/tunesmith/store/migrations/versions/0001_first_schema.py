@@ -42,6 +42,13 @@ def upgrade() -> None:
     )
     op.create_index(op.f("ix_api_keys_account"), "api_keys", ["account"], unique=False)
     op.create_table(
+        "deleted_models",
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("owner", sa.String(), nullable=False),
+        sa.ForeignKeyConstraint(["owner"], ["accounts.email"], ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("id", "owner"),
+    )
+    op.create_table(
         "tuned_models",
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("owner", sa.String(), nullable=False),
@@ -67,6 +74,7 @@ def upgrade() -> None:
         sa.Column("total_steps", sa.Integer(), nullable=False),
         sa.Column("create_time", sa.Double(), nullable=False),
         sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("fruitless_attempts", sa.Integer(), nullable=False),
         sa.Column("worker", sa.String(), nullable=True),
         sa.Column("lease_until", sa.Double(), nullable=True),
         sa.Column("cancelled", sa.Boolean(), nullable=False),
@@ -99,6 +107,7 @@ def downgrade() -> None:
     op.drop_table("jobs")
     op.drop_index("tuned_models_by_owner", table_name="tuned_models")
     op.drop_table("tuned_models")
+    op.drop_table("deleted_models")
     op.drop_index(op.f("ix_api_keys_account"), table_name="api_keys")
     op.drop_table("api_keys")
     op.drop_table("access_tokens")

@@ -1,0 +1,76 @@
+"""Where workers run: as child processes of the server."""
+
+import itertools
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+from tunesmith.jobs.queue import JobQueue
+
+FIRST_BACKOFF = 0.5  # seconds before a worker that died is started again
+LONGEST_BACKOFF = 30.0
+STOP_SECONDS = 30.0  # for the step that is under way and its checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class LocalLauncher:
+    """Keeps a number of worker processes running.
+
+    A worker holds the reading end of a pipe that only this process writes to: however this process ends, the
+    worker sees the pipe close, puts its job back and ends too.
+    """
+
+    def __init__(self, workers: int, arguments: Sequence[str], queue: JobQueue) -> None:
+        self._arguments, self._queue = list(arguments), queue
+        self._stopping = threading.Event()
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._threads = [
+            threading.Thread(target=self._keep, args=(number,), name=f"worker-{number}", daemon=True)
+            for number in range(workers)
+        ]
+
+    @property
+    def processes(self) -> list[int]:
+        """The process ids of the workers that run now."""
+        return [process.pid for process in list(self._processes.values())]
+
+    def start(self) -> None:
+        """Start the workers."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Let each worker finish its step and put its job back; kill those that take too long."""
+        self._stopping.set()
+        for process in list(self._processes.values()):
+            process.terminate()
+        for thread in self._threads:
+            thread.join(STOP_SECONDS)
+        for process in list(self._processes.values()):
+            process.kill()
+
+    def _keep(self, number: int) -> None:
+        """Run one worker after another."""
+        backoff = FIRST_BACKOFF
+        for start in itertools.count():
+            name = f"{socket.gethostname()}-{os.getpid()}-{number}-{start}"
+            command = [sys.executable, "-m", "tunesmith", "worker", "--name", name, "--stop-with-stdin"]
+            process = subprocess.Popen([*command, *self._arguments], stdin=subprocess.PIPE)
+            self._processes[number] = process
+            if self._stopping.is_set():
+                process.terminate()
+            started = time.monotonic()
+            code = process.wait()
+            self._queue.release(name)  # nobody waits for the lease of a worker that is known to be dead
+            del self._processes[number]
+            if self._stopping.wait(backoff):
+                return
+            logger.warning("worker %s ended with code %d; starting another", name, code)
+            lived = time.monotonic() - started
+            backoff = FIRST_BACKOFF if lived > LONGEST_BACKOFF else min(backoff * 2, LONGEST_BACKOFF)

@@ -1,0 +1,192 @@
+"""The job queue: rows with leases.
+
+A job is queued, then running under a lease that its worker renews, then done. A stalled job is not a state
+but a query: running, and its lease has run out. What a worker writes carries its claim; once another worker
+has claimed the job, the first one's writes are refused.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from sqlalchemy import Select, and_, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from tunesmith import protos
+from tunesmith.errors import ApiError, Cancelled, FailedPrecondition
+from tunesmith.store.database import Database
+from tunesmith.store.tables import Job, Snapshot, TunedModel
+from tunesmith.store.times import now, now_in_microseconds
+
+MOST_FRUITLESS_ATTEMPTS = 3
+
+
+class LeaseLost(Exception):
+    """The job was given to another worker, or deleted with its model."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A worker's hold on a job, and what it needs to do it.
+
+    Attributes:
+        attempt: The fencing token: how often the job has been claimed.
+        recorded_steps: The steps that earlier attempts finished.
+        checkpoint: Path of the newest checkpoint in the artifact store.
+    """
+
+    job: str
+    tuned_model: str
+    worker: str
+    attempt: int
+    base: str
+    hyperparameters: protos.Hyperparameters
+    training_data: protos.Dataset
+    seed: int
+    recorded_steps: int
+    checkpoint: str | None
+    cancelled: bool
+
+
+class JobQueue:
+    """Jobs in the database; safe to share between threads and processes."""
+
+    def __init__(self, database: Database, lease_seconds: float) -> None:
+        self._database = database
+        self.lease_seconds = lease_seconds
+
+    def claim(self, worker: str) -> Claim | None:
+        """Give the oldest job that nobody works on to a worker; None when there is none."""
+        with self._database.read() as session:
+            if session.scalars(_claimable()).first() is None:
+                return None
+        with self._database.write() as session:
+            job = session.scalars(_claimable().with_for_update(skip_locked=True)).first()
+            if job is None:
+                return None
+            if job.fruitless_attempts >= MOST_FRUITLESS_ATTEMPTS:
+                _end(session, job, error=_gave_up(job))
+                return None
+            job.state = "running"
+            job.worker = worker
+            job.lease_until = time.time() + self.lease_seconds
+            job.attempt += 1
+            job.fruitless_attempts += 1
+            model, message = _model(session, job)
+            if not message.tuning_task.HasField("start_time"):
+                message.tuning_task.start_time.CopyFrom(now())
+                model.message = message.SerializeToString()
+            recorded = session.scalar(select(func.max(Snapshot.step)).where(Snapshot.job == job.id))
+            return Claim(
+                job=job.id,
+                tuned_model=job.tuned_model,
+                worker=worker,
+                attempt=job.attempt,
+                base=model.base,
+                hyperparameters=message.tuning_task.hyperparameters,
+                training_data=protos.Dataset.FromString(job.training_data),
+                seed=job.seed,
+                recorded_steps=recorded or 0,
+                checkpoint=job.checkpoint,
+                cancelled=job.cancelled,
+            )
+
+    def renew(self, claim: Claim) -> bool:
+        """Prolong the lease; return whether the job has been cancelled.
+
+        Raises:
+            LeaseLost: The claim no longer holds. So do all methods below that take a claim.
+        """
+        with self._held(claim) as (_, job):
+            job.lease_until = time.time() + self.lease_seconds
+            return job.cancelled
+
+    def record(self, claim: Claim, step: int, epoch: int, mean_loss: float) -> None:
+        """Store a finished step; one that an earlier attempt stored is replaced."""
+        with self._held(claim) as (session, job):
+            job.fruitless_attempts = 0
+            session.merge(
+                Snapshot(
+                    job=job.id, step=step, epoch=epoch, mean_loss=mean_loss, compute_time_ns=time.time_ns()
+                )
+            )
+
+    def checkpointed(self, claim: Claim, path: str) -> None:
+        """Note the newest checkpoint."""
+        with self._held(claim) as (_, job):
+            job.checkpoint = path
+
+    def finish(self, claim: Claim, adapter: str, error: ApiError | None = None) -> None:
+        """End the job with an adapter; with an error when it was cancelled on the way."""
+        with self._held(claim) as (session, job):
+            _end(session, job, adapter=adapter, error=error)
+
+    def fail(self, claim: Claim, error: ApiError) -> None:
+        """End the job without an adapter."""
+        with self._held(claim) as (session, job):
+            _end(session, job, error=error)
+
+    def put_back(self, claim: Claim) -> None:
+        """Give an unfinished job back: any worker may take it at once, and the attempt does not count."""
+        with self._held(claim) as (_, job):
+            job.state, job.lease_until, job.worker = "queued", None, None
+            job.fruitless_attempts = max(0, job.fruitless_attempts - 1)
+
+    def release(self, worker: str) -> None:
+        """End the leases of a worker that is known to be dead."""
+        with self._database.write() as session:
+            session.execute(
+                update(Job).where(Job.worker == worker, Job.state == "running").values(lease_until=0.0)
+            )
+
+    @contextmanager
+    def _held(self, claim: Claim) -> Iterator[tuple[Session, Job]]:
+        """A transaction in which the claim is known to hold."""
+        with self._database.write() as session:
+            job = session.scalars(select(Job).where(Job.id == claim.job).with_for_update()).first()
+            if job is None or (job.worker, job.attempt, job.state) != (
+                claim.worker,
+                claim.attempt,
+                "running",
+            ):
+                raise LeaseLost(f"{claim.worker} no longer holds job {claim.job}")
+            yield session, job
+
+
+def cancel(session: Session, job: Job) -> None:
+    """Ask for a job's end; one that no worker has begun ends at once."""
+    if job.state == "done":
+        return
+    job.cancelled = True
+    if job.state == "queued" and job.attempt == 0:
+        _end(session, job, error=Cancelled("The operation was cancelled before tuning began."))
+
+
+def _claimable() -> Select[Job]:
+    """Jobs that nobody works on, oldest first: queued ones, and stalled ones."""
+    stalled = and_(Job.state == "running", Job.lease_until < time.time())
+    return select(Job).where(or_(Job.state == "queued", stalled)).order_by(Job.create_time, Job.id).limit(1)
+
+
+def _gave_up(job: Job) -> ApiError:
+    return FailedPrecondition(
+        f"The training process ended {job.fruitless_attempts} times in a row without finishing a step, perhaps "
+        "for want of memory; the server's log says more. Try shorter examples or a smaller batch size."
+    )
+
+
+def _model(session: Session, job: Job) -> tuple[TunedModel, protos.TunedModel]:
+    row = session.get_one(TunedModel, job.tuned_model)
+    return row, protos.TunedModel.FromString(row.message)
+
+
+def _end(session: Session, job: Job, *, adapter: str | None = None, error: ApiError | None = None) -> None:
+    """Bring job and model to their final state, in the caller's transaction."""
+    job.state, job.worker, job.lease_until, job.checkpoint = "done", None, None, None
+    job.error = error.to_status().SerializeToString() if error else None
+    model, message = _model(session, job)
+    message.state = protos.TunedModel.ACTIVE if adapter else protos.TunedModel.FAILED
+    message.update_time.CopyFrom(now_in_microseconds())
+    message.tuning_task.complete_time.CopyFrom(message.update_time)
+    model.state, model.adapter, model.message = message.state, adapter, message.SerializeToString()

@@ -1,0 +1,192 @@
+"""The worker process: claim a job, train, store its snapshots, publish the adapter, finish."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Self
+
+import torch
+
+from tunesmith import protos
+from tunesmith.base_models import weights
+from tunesmith.base_models.catalog import BaseModel, Catalog
+from tunesmith.base_models.device import pick_device
+from tunesmith.base_models.prompts import FORMATS
+from tunesmith.config import Settings
+from tunesmith.errors import ApiError, Cancelled
+from tunesmith.jobs.queue import Claim, JobQueue, LeaseLost
+from tunesmith.store.artifacts import ArtifactStore
+from tunesmith.training import examples
+from tunesmith.training.examples import Row
+from tunesmith.training.loop import Base, TuningRun
+
+POLL_SECONDS = 0.2
+
+logger = logging.getLogger(__name__)
+
+
+class Lease:
+    """Renews a claim from a thread of its own, so that a slow step does not lose it.
+
+    Attributes:
+        lost: Set when the job belongs to somebody else, or when renewing failed: stop at once.
+        cancelled: Set when the caller asked for the job's end.
+    """
+
+    def __init__(self, queue: JobQueue, claim: Claim) -> None:
+        self._queue, self._claim = queue, claim
+        self.lost, self.cancelled, self._done = threading.Event(), threading.Event(), threading.Event()
+        if claim.cancelled:
+            self.cancelled.set()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _renew(self) -> None:
+        try:
+            while not self._done.wait(self._queue.lease_seconds / 5):
+                if self._queue.renew(self._claim):
+                    self.cancelled.set()
+        except LeaseLost:
+            pass  # the trainer sees it below
+        finally:
+            if not self._done.is_set():
+                self.lost.set()  # also when the database cannot be reached: another worker may take over
+
+
+class Worker:
+    """Does jobs one after another; the base model stays in memory between them."""
+
+    def __init__(
+        self, name: str, settings: Settings, queue: JobQueue, artifacts: ArtifactStore, catalog: Catalog
+    ) -> None:
+        self._name, self._settings = name, settings
+        self._queue, self._artifacts, self._catalog = queue, artifacts, catalog
+        self._device = pick_device(settings.device)
+        self._base: Base | None = None
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+
+    def run(self, stop: threading.Event) -> None:
+        """Work until `stop` is set; a job that is under way then is checkpointed and put back.
+
+        An error that is not the job's own ends the process: the job's lease runs out, whoever started the
+        worker starts another, and a job that never gets through a step is given up by the queue.
+        """
+        if weights.find(self._catalog.default, self._settings.cache_dir):
+            self.warm_up(self._catalog.default)
+        logger.info("worker %s is ready", self._name)
+        while not stop.is_set():
+            claim = self._queue.claim(self._name)
+            if claim is None:
+                stop.wait(POLL_SECONDS)
+                continue
+            try:
+                self._work(claim, stop)
+            except LeaseLost as lost:
+                logger.warning("%s; leaving it", lost)
+
+    def warm_up(self, model: BaseModel) -> None:
+        """Load a base model and take one step with it: the first one is slower than the others."""
+        base = self._load(model)
+        rows = [Row([1, 2, 3, 4], [5, 6])] * 4
+        hyperparameters = protos.Hyperparameters(epoch_count=1, batch_size=4, learning_rate=0.001)
+        with TuningRun(base, rows, hyperparameters, seed=0) as run:
+            next(iter(run))
+
+    def _load(self, model: BaseModel) -> Base:
+        if self._base is None or self._base.weights.model != model:
+            self._base = None  # free the memory before the next one takes it
+            found = weights.ensure(model, self._settings.cache_dir)
+            self._base = Base.load(found, self._device)
+        return self._base
+
+    def _work(self, claim: Claim, stop: threading.Event) -> None:
+        logger.info("job %s of tunedModels/%s: attempt %d", claim.job, claim.tuned_model, claim.attempt)
+        with Lease(self._queue, claim) as lease:
+            try:
+                if lease.cancelled.is_set() and not claim.recorded_steps:
+                    raise Cancelled("The operation was cancelled before the first step was finished.")
+                self._train(claim, lease, stop)
+            except ApiError as error:
+                logger.warning("job %s failed: %s", claim.job, error.message)
+                self._queue.fail(claim, error)
+                self._artifacts.delete(_folder(claim))
+
+    def _train(self, claim: Claim, lease: Lease, stop: threading.Event) -> None:
+        model = self._catalog.get(f"models/{claim.base}")
+        base = self._load(model)
+        rows = examples.tokenize(
+            claim.training_data.examples,
+            FORMATS[model.prompt_format],
+            base.tokenizer,
+            model.tuning_token_limit,
+        )
+        with TuningRun(base, rows, claim.hyperparameters, claim.seed) as run:
+            if claim.checkpoint:
+                run.restore(self._artifacts.read(claim.checkpoint))
+            checkpointed = time.monotonic()
+            for step in run:
+                if lease.lost.is_set():
+                    raise LeaseLost(f"{self._name} could not renew its lease on job {claim.job}")
+                self._queue.record(claim, step.step, step.epoch, step.mean_loss)
+                # Steps that an earlier attempt finished are done again even after a cancel: they were reported.
+                if lease.cancelled.is_set() and run.step >= claim.recorded_steps:
+                    break
+                if stop.is_set():
+                    self._checkpoint(claim, run)
+                    self._queue.put_back(claim)
+                    return
+                if time.monotonic() - checkpointed >= self._settings.checkpoint_seconds:
+                    self._checkpoint(claim, run)
+                    checkpointed = time.monotonic()
+            self._publish(claim, run)
+
+    def _checkpoint(self, claim: Claim, run: TuningRun) -> None:
+        if run.step < run.total_steps:
+            about = {"kind": "checkpoint", "step": run.step}
+            name = f"checkpoint-{claim.attempt}-{run.step}"
+            self._store(claim, name, run.checkpoint(), about, self._queue.checkpointed)
+
+    def _publish(self, claim: Claim, run: TuningRun) -> None:
+        error = None
+        if run.step < run.total_steps:
+            error = Cancelled(
+                f"The operation was cancelled after step {run.step} of {run.total_steps}. The model is usable "
+                "with the weights it had then, but unpredictable; delete it when you do not need it."
+            )
+        files, finish = run.adapter.to_files(claim.base), partial(self._queue.finish, error=error)
+        self._store(claim, f"adapter-{claim.attempt}", files, run.manifest(), finish)
+        logger.info("job %s: tunedModels/%s is ACTIVE", claim.job, claim.tuned_model)
+
+    def _store(
+        self,
+        claim: Claim,
+        name: str,
+        files: Mapping[str, bytes],
+        about: Mapping[str, Any],
+        note: Callable[[Claim, str], None],
+    ) -> None:
+        """Publish an artifact of the job, note it in the database, and only then remove older ones."""
+        path = f"{_folder(claim)}/{name}"
+        self._artifacts.publish(path, files, about)
+        try:
+            note(claim, path)
+        except LeaseLost:
+            self._artifacts.delete(path)
+            raise
+        for other in self._artifacts.children(_folder(claim)):
+            if other != name:
+                self._artifacts.delete(f"{_folder(claim)}/{other}")
+
+
+def _folder(claim: Claim) -> str:
+    return f"tunedModels/{claim.tuned_model}/{claim.job}"

@@ -1,0 +1,95 @@
+"""What commands draw: progress bars, the loss curve, tables."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tunesmith.base_models import weights
+from tunesmith.base_models.catalog import BaseModel
+
+CURVE_ROWS = 8
+CURVE_COLUMNS = 60
+_EIGHTHS = " ▁▂▃▄▅▆▇█"
+
+
+@contextmanager
+def progress_bar(console: Console, *columns: str) -> Iterator[Progress]:
+    """A live bar with a description, a percentage, the time and further columns in rich's template form."""
+    bars = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()]
+    with Progress(*bars, *map(TextColumn, columns), console=console) as progress:
+        yield progress
+
+
+def fetch_weights(console: Console, model: BaseModel, cache_dir: Any) -> weights.Weights:
+    """Fetch a base model's weights, showing progress, unless they are in the cache."""
+    if found := weights.find(model, cache_dir):
+        return found
+    console.print(
+        f"Fetching [bold]{model.display_name}[/] once ({model.download_megabytes} MB) into {cache_dir}.\n"
+        f"Its licence applies to what you do with it: {model.licence}"
+    )
+    with progress_bar(console) as progress:
+        task = progress.add_task("Fetching", total=1.0)
+
+        def show(what: str, share: float) -> None:
+            progress.update(task, description=what, completed=share)
+
+        return weights.ensure(model, cache_dir, show)
+
+
+def show_tuning(console: Console, operations: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Show an operation's progress and loss until it is done; return it as it ended."""
+    with progress_bar(console, "step {task.completed}/{task.total}", "{task.fields[loss]}") as progress:
+        task = progress.add_task("Waiting for a worker", total=None, loss="")
+        operation: dict[str, Any] = {}
+        for operation in operations:
+            metadata = operation["metadata"]
+            snapshots = metadata.get("snapshots")
+            progress.update(
+                task,
+                description="Tuning" if snapshots else "Waiting for a worker",
+                total=metadata["totalSteps"],
+                completed=metadata.get("completedSteps", 0),
+                loss=f"loss {snapshots[-1]['meanLoss']:.3f}" if snapshots else "",
+            )
+        progress.update(task, description="Tuned" if "response" in operation else "Ended")
+    return operation
+
+
+def loss_curve(losses: Sequence[float]) -> str:
+    """Return the losses as a bar chart of text, the first step on the left."""
+    step = max(1, -(-len(losses) // CURVE_COLUMNS))
+    means = [sum(losses[i : i + step]) / len(losses[i : i + step]) for i in range(0, len(losses), step)]
+    width = max(1, min(4, CURVE_COLUMNS // len(means)))
+    top = max(means) or 1.0
+    lines = []
+    for row in range(CURVE_ROWS, 0, -1):
+        # How many eighths of this row's height each bar fills.
+        filled = [min(8, max(0, round((mean / top * CURVE_ROWS - row + 1) * 8))) for mean in means]
+        label = f"{top * row / CURVE_ROWS:6.2f} ┤"
+        lines.append(label + "".join(_EIGHTHS[eighths] * width for eighths in filled))
+    lines.append("  loss └" + "─" * (width * len(means)))
+    lines.append(" " * 8 + "step 1" + f"{len(losses)}".rjust(max(1, width * len(means) - 6)))
+    return "\n".join(lines)
+
+
+def tuned_models_table(models: Iterable[dict[str, Any]]) -> Table:
+    """Return the tuned models, a row each."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("NAME", "DISPLAY NAME", "STATE", "BASE MODEL", "LOSS", "CREATED"):
+        table.add_column(column, no_wrap=column == "NAME")
+    for model in models:
+        snapshots = model["tuningTask"].get("snapshots")
+        table.add_row(
+            model["name"],
+            model.get("displayName", ""),
+            model["state"],
+            model.get("baseModel", ""),
+            f"{snapshots[-1]['meanLoss']:.3f}" if snapshots else "",
+            model["createTime"][:19].replace("T", " "),
+        )
+    return table
