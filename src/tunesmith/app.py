@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tunesmith.engines.base import Engine
 
 FIRST_ACCOUNT = "admin@localhost"
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep an idle connection, or they meet one that closes
 SHUTDOWN_SECONDS = 5  # for requests that are under way when the server stops
 
 V1BETA = "google.ai.generativelanguage.v1beta"
@@ -80,7 +81,7 @@ def rest(parts: Parts, engine: "Engine", ready: Callable[[], bool]) -> "Starlett
         f"{V1BETA}.GenerativeService": GenerativeService(database, engine, parts.catalog, settings.cache_dir),
         "google.longrunning.Operations": Operations(database),
     }
-    dispatcher = Dispatcher(Verifier(parts.keys, OwnTokens(parts.tokens)), services)
+    dispatcher = Dispatcher(services, Verifier(parts.keys, OwnTokens(parts.tokens)))
     return rest_app(dispatcher, max_body_bytes=settings.max_body_bytes, ready=ready)
 
 
@@ -112,6 +113,7 @@ def serve(settings: Settings, stop_with_stdin: bool = False) -> None:
             log_config=None,
             access_log=False,
             lifespan="off",
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )
     )

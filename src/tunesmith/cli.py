@@ -221,9 +221,7 @@ def tune(
     base: Annotated[str, typer.Option(help="Base model.")] = "gemma-3-270m",
     model_id: Annotated[str, typer.Option("--id", help="Id of the tuned model; left out, one is made.")] = "",
     epochs: Annotated[int | None, typer.Option(help="Epochs; default 5.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Batch size; default 4, from 1,000 rows on 16.")
-    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Batch size; default 4, from 1,000 rows on 16.")] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Learning rate; default 0.001, from 1,000 rows on 0.0002.")
     ] = None,
@@ -260,9 +258,7 @@ def models(url: Url = LOCAL, token: Token = None, data_dir: DataDir = None) -> N
 
     with _client(url, token, Settings.load(data_dir=data_dir)) as client:
         found = list(client.tuned_models())
-    console.print(
-        tuned_models_table(found) if found else "No tuned models yet. Make one: tunesmith tune FILE.csv"
-    )
+    console.print(tuned_models_table(found) if found else "No tuned models yet. Make one: tunesmith tune FILE.csv")
 
 
 @app.command()
@@ -375,9 +371,7 @@ def _client(url: str, token: str | None, settings: Settings) -> "Client":
         parts = _parts(settings.data_dir)
         account = next((account.email for account in parts.accounts.list() if not account.disabled), None)
         if account is None:
-            raise ClientError(
-                f"{settings.data_dir} has no account. Make one: tunesmith accounts create EMAIL"
-            )
+            raise ClientError(f"{settings.data_dir} has no account. Make one: tunesmith accounts create EMAIL")
         token = parts.tokens.create(account, DEFAULT_SCOPES, seconds=DAY)
     return Client(url, token)
 

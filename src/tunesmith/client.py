@@ -8,11 +8,16 @@ from typing import Any, Self
 import httpx2
 
 POLL_SECONDS = 0.25
+PATIENCE = 60.0  # seconds that a server may be away while its job is watched
 TIMEOUT = httpx2.Timeout(30.0, read=600.0)  # seconds; a long answer takes its time
 
 
 class ClientError(Exception):
-    """The server refused, or cannot be reached; the message is for a person."""
+    """The server refused; the message is for a person."""
+
+
+class Unreachable(ClientError):
+    """The server cannot be reached."""
 
 
 class Client:
@@ -36,11 +41,12 @@ class Client:
 
         Raises:
             ClientError: The call failed; with the server's own words.
+            Unreachable: No server answered.
         """
         try:
             response = self._http.request(method, f"/v1beta/{path}", json=body, params=parameters)
         except httpx2.TransportError as error:
-            raise ClientError(
+            raise Unreachable(
                 f"No Tunesmith answers at {self._url} ({error}). Start one with: tunesmith serve"
             ) from error
         try:
@@ -58,9 +64,15 @@ class Client:
         return operation
 
     def watch(self, operation: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield an operation as it proceeds, until it is done."""
+        """Yield an operation as it proceeds, until it is done; a server that restarts meanwhile is waited for."""
+        answered = time.monotonic()
         while True:
-            operation = self.call("GET", operation["name"])
+            try:
+                operation = self.call("GET", operation["name"])
+                answered = time.monotonic()
+            except Unreachable:
+                if time.monotonic() - answered > PATIENCE:
+                    raise
             yield operation
             if operation.get("done"):
                 return

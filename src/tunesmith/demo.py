@@ -79,9 +79,7 @@ def run(console: Console, client: Client, url: str) -> bool:
     console.print(f"\n[bold]Asking[/]  POST {url}/v1beta/{model}:generateContent")
     console.print(_table(answers))
     right = sum(answers[text] == expected for text, expected in HELD_OUT.items())
-    console.print(
-        f"{right} of {len(HELD_OUT)} right. It saw digits and English words only; the tutorial's two:"
-    )
+    console.print(f"{right} of {len(HELD_OUT)} right. It saw digits and English words only; the tutorial's two:")
     for text in TUTORIAL_ANSWERS:
         console.print(f"{text} -> {answers[text]}", highlight=False)
     return all(answers[text] == expected for text, expected in TUTORIAL_ANSWERS.items())

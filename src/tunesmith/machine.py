@@ -61,9 +61,7 @@ def _compute(settings: Settings) -> Iterator[Finding]:
     from tunesmith.base_models.device import compute_dtype, pick_device
 
     device = pick_device(settings.device)
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     yield Finding("device", f"{device.type}, {name}, torch {torch.__version__}")
     dtype = compute_dtype(device)
     slow = dtype == torch.float32

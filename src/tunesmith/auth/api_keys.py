@@ -29,12 +29,8 @@ class ApiKeys:
         with self._database.write() as session:
             account = session.get(Account, email.strip().lower())
             if account is None:
-                raise NotFound(
-                    f"There is no account {email}. Make it with: tunesmith accounts create {email}"
-                )
-            session.add(
-                ApiKey(id=key_id, key_hash=digest(key), account=account.email, create_time=time.time())
-            )
+                raise NotFound(f"There is no account {email}. Make it with: tunesmith accounts create {email}")
+            session.add(ApiKey(id=key_id, key_hash=digest(key), account=account.email, create_time=time.time()))
         return key_id, key
 
     def list(self, email: str) -> list[ApiKey]:

@@ -37,9 +37,7 @@ class AccessTokens:
         with self._database.write() as session:
             account = session.get(Account, email.strip().lower())
             if account is None:
-                raise NotFound(
-                    f"There is no account {email}. Make it with: tunesmith accounts create {email}"
-                )
+                raise NotFound(f"There is no account {email}. Make it with: tunesmith accounts create {email}")
             session.add(
                 AccessToken(
                     token_hash=digest(token),

@@ -18,7 +18,8 @@ class Sampling:
         top_p: Keep the smallest set of tokens whose probability sum is at least this.
         top_k: Keep this many most probable tokens.
         max_output_tokens: End with MAX_TOKENS after this many.
-        seed: Same seed, same text, whatever else the engine serves meanwhile; None draws one.
+        seed: Same seed, same text, whatever else the engine serves meanwhile, up to the rounding of the
+            weights' number format; None draws one.
         stop_sequences: Texts that end the answer and are not part of it.
     """
 

@@ -107,9 +107,7 @@ class JobQueue:
         with self._held(claim) as (session, job):
             job.fruitless_attempts = 0
             session.merge(
-                Snapshot(
-                    job=job.id, step=step, epoch=epoch, mean_loss=mean_loss, compute_time_ns=time.time_ns()
-                )
+                Snapshot(job=job.id, step=step, epoch=epoch, mean_loss=mean_loss, compute_time_ns=time.time_ns())
             )
 
     def checkpointed(self, claim: Claim, path: str) -> None:

@@ -110,7 +110,13 @@ class Worker:
         return self._base
 
     def _work(self, claim: Claim, stop: threading.Event) -> None:
-        logger.info("job %s of tunedModels/%s: attempt %d", claim.job, claim.tuned_model, claim.attempt)
+        logger.info(
+            "worker %s claims job %s of tunedModels/%s, attempt %d",
+            self._name,
+            claim.job,
+            claim.tuned_model,
+            claim.attempt,
+        )
         with Lease(self._queue, claim) as lease:
             try:
                 if lease.cancelled.is_set() and not claim.recorded_steps:

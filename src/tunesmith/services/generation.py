@@ -158,9 +158,7 @@ def _turns(contents: Sequence[protos.Content], path: str) -> list[Turn]:
         raise InvalidArgument.at([(f"{path}[{len(contents) - 1}].parts", "the text is empty")])
     length = sum(len(turn.text) for turn in turns)
     if length > LONGEST_INPUT:
-        raise InvalidArgument.at(
-            [(path, f"must be at most {LONGEST_INPUT:,} characters long, not {length:,}")]
-        )
+        raise InvalidArgument.at([(path, f"must be at most {LONGEST_INPUT:,} characters long, not {length:,}")])
     return turns
 
 

@@ -12,10 +12,7 @@ def tuned_model_message(session: Session, row: TunedModel) -> protos.TunedModel:
     """Return a tuned model with its snapshots."""
     message = protos.TunedModel.FromString(row.message)
     snapshots = (
-        select(Snapshot)
-        .join(Job, Job.id == Snapshot.job)
-        .where(Job.tuned_model == row.id)
-        .order_by(Snapshot.step)
+        select(Snapshot).join(Job, Job.id == Snapshot.job).where(Job.tuned_model == row.id).order_by(Snapshot.step)
     )
     for snapshot in session.scalars(snapshots):
         message.tuning_task.snapshots.add(

@@ -116,8 +116,7 @@ class ModelService:
         """Return the caller's tuned models, oldest first."""
         if request.filter not in ("", "owner:me"):
             raise Unimplemented(
-                f"ListTunedModelsRequest.filter {request.filter!r} is not implemented by this server; "
-                "owner:me is."
+                f"ListTunedModelsRequest.filter {request.filter!r} is not implemented by this server; owner:me is."
             )
         size = paging.page_size(request.page_size, DEFAULT_TUNED_MODELS_PAGE, "ListTunedModelsRequest")
         call = ("tunedModels", caller.account, request.filter)
@@ -126,9 +125,7 @@ class ModelService:
         if after:
             wanted = wanted.where(tuple_(TunedModel.create_time, TunedModel.id) > after)
         with self._database.read() as session:
-            rows = session.scalars(
-                wanted.order_by(TunedModel.create_time, TunedModel.id).limit(size + 1)
-            ).all()
+            rows = session.scalars(wanted.order_by(TunedModel.create_time, TunedModel.id).limit(size + 1)).all()
             response = protos.ListTunedModelsResponse(
                 tuned_models=[tuned_model_message(session, row) for row in rows[:size]]
             )
@@ -137,9 +134,7 @@ class ModelService:
             response.next_page_token = paging.encode((last.create_time, last.id), *call)
         return response
 
-    def update_tuned_model(
-        self, request: protos.UpdateTunedModelRequest, caller: Caller
-    ) -> protos.TunedModel:
+    def update_tuned_model(self, request: protos.UpdateTunedModelRequest, caller: Caller) -> protos.TunedModel:
         """Change the fields of the mask, or without a mask every field that is set and can be changed."""
         given = request.tuned_model
         fields = _masked(request.update_mask) or [

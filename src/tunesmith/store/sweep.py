@@ -11,14 +11,10 @@ FOLDER = "tunedModels"
 
 def sweep(database: Database, artifacts: ArtifactStore) -> None:
     """Delete the artifacts of deleted models, and of finished jobs all but the adapter."""
-    for model_id in artifacts.children(
-        FOLDER
-    ):  # listed before the rows are read: a row comes before its files
+    for model_id in artifacts.children(FOLDER):  # listed before the rows are read: a row comes before its files
         with database.read() as session:
             model = session.get(TunedModel, model_id)
-            states = {
-                job.id: job.state for job in session.scalars(select(Job).where(Job.tuned_model == model_id))
-            }
+            states = {job.id: job.state for job in session.scalars(select(Job).where(Job.tuned_model == model_id))}
         if model is None:
             artifacts.delete(f"{FOLDER}/{model_id}")
             continue

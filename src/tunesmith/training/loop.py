@@ -104,9 +104,7 @@ class TuningRun:
         self.total_steps = hyperparameters.total_steps(len(rows), given)
         self.step = 0
         self._stack = ExitStack()
-        self.adapter = self._stack.enter_context(
-            lora.attached(base.model, self.recipe.rank, self.recipe.alpha)
-        )
+        self.adapter = self._stack.enter_context(lora.attached(base.model, self.recipe.rank, self.recipe.alpha))
         self.adapter.initialise(seed)
         self._optimizer = torch.optim.AdamW(
             [self.adapter.weights], lr=given.learning_rate, weight_decay=0.0, fused=True

@@ -47,9 +47,7 @@ class Adapter:
         weights: The flat parameter; its `grad` gathers what the layers' backward passes add.
     """
 
-    def __init__(
-        self, layers: Mapping[str, nn.Linear], rank: int, alpha: float, device: torch.device
-    ) -> None:
+    def __init__(self, layers: Mapping[str, nn.Linear], rank: int, alpha: float, device: torch.device) -> None:
         self.rank, self.alpha = rank, alpha
         sizes = [rank * (linear.in_features + linear.out_features) for linear in layers.values()]
         self.weights = nn.Parameter(torch.zeros(sum(sizes), device=device))

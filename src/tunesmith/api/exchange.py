@@ -1,0 +1,106 @@
+"""One HTTP request and its response: body within its limit, client watched, response in one piece or in parts."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from threading import Event
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from tunesmith.errors import InvalidArgument
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+_DRAINED = 64 << 20  # bytes of a too large body that are read and dropped, so that the client hears why
+_COMMON: Headers = (
+    (b"vary", b"X-Origin, Referer"),
+    (b"cache-control", b"private"),
+    (b"x-content-type-options", b"nosniff"),
+)
+
+
+class Exchange:
+    """One HTTP exchange.
+
+    Attributes:
+        method: The HTTP method as sent.
+        path: The path as sent, percent-encoded.
+        query: The query string as sent.
+        headers: The request's headers, by lower-case name.
+        gone: Set when the client has left.
+        answered: Whether the response has begun.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.method: str = scope["method"]
+        self.path: str = (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")
+        self.query: bytes = scope["query_string"]
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.gone = Event()
+        self.answered = False
+        self._complete = False
+        self._receive = receive
+        self._send = send
+
+    async def read_body(self, limit: int) -> bytes:
+        """Return the body.
+
+        Raises:
+            InvalidArgument: It is longer than `limit` bytes; no more than that is ever held.
+            ClientDisconnect: The client left before sending all of it.
+        """
+        refusal = InvalidArgument(f"Request payload size exceeds the limit: {limit} bytes.")
+        announced = int(self.headers.get(b"content-length", b"0"))
+        if announced > limit and b"expect" in self.headers:
+            raise refusal  # the client waits for a word before it sends
+        chunks: list[bytes] = []
+        size, more = 0, True
+        while more and size <= limit + _DRAINED:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self.gone.set()
+                raise ClientDisconnect
+            size += len(message.get("body", b""))
+            more = message.get("more_body", False)
+            if size <= limit:
+                chunks.append(message.get("body", b""))
+            else:
+                chunks.clear()
+        if size > limit:
+            raise refusal
+        return b"".join(chunks)
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Set `gone` as soon as the client leaves; only once the body has been read."""
+        watcher = asyncio.create_task(self._watch())
+        try:
+            yield
+        except asyncio.CancelledError:  # the server stops
+            self.gone.set()
+            raise
+        finally:
+            watcher.cancel()
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        if not self._complete:  # after the last part, a disconnect is only the end
+            self.gone.set()
+
+    async def respond(self, status: int, body: bytes, headers: Headers = ()) -> None:
+        """Send the whole response."""
+        length = (b"content-length", str(len(body)).encode())
+        await self.begin(status, (*headers, length))
+        await self.send_part(b"" if self.method == "HEAD" else body, more=False)
+
+    async def begin(self, status: int, headers: Headers) -> None:
+        """Send the status and the headers."""
+        self.answered = True
+        await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *_COMMON]})
+
+    async def send_part(self, body: bytes, *, more: bool = True) -> None:
+        """Send a part of the response at once."""
+        self._complete = not more
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})

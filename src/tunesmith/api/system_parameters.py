@@ -1,0 +1,99 @@
+"""The query parameters and headers that every method takes, set apart from those of the method itself."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from urllib.parse import parse_qsl
+
+from tunesmith.caller import Credentials
+from tunesmith.errors import InvalidArgument, Unimplemented
+
+_NAMES = {
+    *("alt", "key", "access_token", "oauth_token", "prettyPrint", "quotaUser", "xgafv"),
+    *("uploadType", "upload_protocol", "callback", "fields"),
+}
+_FORM = b"application/x-www-form-urlencoded"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a response is to be written."""
+
+    sse: bool = False
+    pretty: bool = True
+    enum_numbers: bool = False
+
+
+@dataclass(frozen=True)
+class SystemParameters:
+    """What a request says besides its message.
+
+    Attributes:
+        query: The method's own parameters, each with its values in order.
+        credentials: What the caller brings to prove who they are.
+        style: How the response is to be written.
+    """
+
+    query: dict[str, list[str]] = field(default_factory=dict)
+    credentials: Credentials = field(default_factory=Credentials)
+    style: Style = field(default_factory=Style)
+
+
+def http_method(method: str, headers: Mapping[bytes, bytes]) -> str:
+    """Return the HTTP method that is meant: a POST may stand for another one."""
+    override = headers.get(b"x-http-method-override")
+    return override.decode("latin-1").strip().upper() if override and method == "POST" else method
+
+
+def is_form(headers: Mapping[bytes, bytes]) -> bool:
+    """Return whether the body is a query string, as Google's clients send one too long for a URL."""
+    return headers.get(b"content-type", b"").lower().startswith(_FORM)
+
+
+def system_parameters(query: bytes, headers: Mapping[bytes, bytes]) -> SystemParameters:
+    """Split a query string, and read the headers that mean the same.
+
+    Args:
+        query: The query string as sent.
+        headers: The headers, by lower-case name.
+
+    Raises:
+        InvalidArgument: A system parameter has a value that means nothing.
+        Unimplemented: It asks for something that this server does not do.
+    """
+    own: dict[str, list[str]] = {}
+    system: dict[str, str] = {}
+    for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True) if query else ():
+        plain = name.lstrip("$.")
+        if plain in _NAMES:
+            system[plain] = value
+        else:
+            own.setdefault(name, []).append(value)
+    if system.get("callback"):
+        raise InvalidArgument("JSONP is not supported: leave out the parameter callback.")
+    mask = system.get("fields") or headers.get(b"x-goog-fieldmask", b"").decode("latin-1")
+    if mask not in ("", "*"):
+        raise Unimplemented("Partial responses (fields, X-Goog-FieldMask) are not implemented by this server.")
+    return SystemParameters(own, _credentials(system, headers), _style(system))
+
+
+def _credentials(system: Mapping[str, str], headers: Mapping[bytes, bytes]) -> Credentials:
+    scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").strip().partition(" ")
+    bearer = token.strip() if scheme.lower() == "bearer" else None
+    if bearer is None:
+        bearer = system.get("access_token") or system.get("oauth_token") or None
+    api_key = headers.get(b"x-goog-api-key", b"").decode("latin-1") or system.get("key") or None
+    project = headers.get(b"x-goog-user-project", b"").decode("latin-1") or None
+    return Credentials(bearer=bearer, api_key=api_key, project=project)
+
+
+def _style(system: Mapping[str, str]) -> Style:
+    kind, *options = [part.strip() for part in system.get("alt", "json").split(";")]
+    if kind in ("proto", "media"):
+        raise Unimplemented(f"alt={kind} is not implemented by this server.")
+    if kind not in ("", "json", "sse"):
+        raise InvalidArgument(f'Invalid value "{kind}" for parameter alt: expected json or sse.')
+    return Style(
+        sse=kind == "sse",
+        pretty=system.get("prettyPrint", "true").lower() not in ("false", "0"),
+        enum_numbers="enum-encoding=int" in options,
+    )

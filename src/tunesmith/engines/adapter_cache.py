@@ -1,0 +1,203 @@
+"""Adapters in memory: loaded from their artifacts, checked, least recently used out first."""
+
+import json
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+
+from tunesmith.base_models.prompts import FORMATS
+from tunesmith.base_models.weights import Weights
+from tunesmith.engines.lora import Adapter
+from tunesmith.errors import FailedPrecondition, Internal
+from tunesmith.store.artifacts import ArtifactStore
+
+PREFIX = "base_model.model."
+"""What PEFT puts before a module's path."""
+
+PLAIN = {"bias": "none", "peft_type": "LORA"}
+"""Values of PEFT's settings that leave the computation as it is."""
+
+CHANGE_THE_COMPUTATION = (
+    *("bias", "peft_type", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
+    *("lora_bias", "modules_to_save", "layer_replication", "alora_invocation_tokens", "use_qalora"),
+    *("trainable_token_indices", "target_parameters", "use_bdlora", "arrow_config", "kasa_config"),
+)
+
+TOLERANCE = 0.1
+RELATIVE_TOLERANCE = 0.05
+"""How far a probe's mean log-probability may lie from the recorded one. bfloat16 scores are rounded to steps
+of up to 0.125, and another number format or device rounds differently; an adapter that was trained at all
+moves its own probe by far more."""
+
+
+class Base(Protocol):
+    """The base model that an adapter is loaded for."""
+
+    weights: Weights
+    device: torch.device
+    linears: dict[str, tuple[int, int]]
+
+    def logprob(self, tokens: Sequence[int], prompt_length: int, adapter: Adapter | None) -> float:
+        """Return the mean log-probability of the tokens that follow the prompt."""
+
+
+@dataclass(eq=False)
+class _Entry:
+    loaded: Future[Adapter] = field(default_factory=Future)
+    users: int = 0
+
+
+class AdapterCache:
+    """The adapters in memory, by base model and artifact path.
+
+    Args:
+        artifacts: Where the adapters are published.
+        capacity: How many are kept; more only while more are in use.
+    """
+
+    def __init__(self, artifacts: ArtifactStore, capacity: int) -> None:
+        self._artifacts = artifacts
+        self._capacity = capacity
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
+        """Least recently used first."""
+
+    @contextmanager
+    def use(self, base: Base, path: str) -> Iterator[Adapter]:
+        """Keep an adapter in memory for a while, loading it on the caller's thread when it is not there.
+
+        Raises:
+            NotFound: There is no such artifact.
+            FailedPrecondition: It belongs to other weights.
+            Internal: It is damaged, or does not answer as it did when it was trained.
+        """
+        key = (base.weights.model.id, path)
+        with self._lock:
+            entry = self._entries.get(key)
+            first = entry is None
+            if entry is None:
+                entry = self._entries[key] = _Entry()
+            self._entries.move_to_end(key)
+            entry.users += 1
+        try:
+            if first:
+                self._load(key, entry, base)
+            yield entry.loaded.result()  # whoever comes while another loads waits here
+        finally:
+            with self._lock:
+                entry.users -= 1
+                self._evict()
+
+    def _load(self, key: tuple[str, str], entry: _Entry, base: Base) -> None:
+        try:
+            entry.loaded.set_result(load(self._artifacts, key[1], base))
+        except BaseException as error:  # noqa: BLE001 — raised below, here and by whoever waits
+            with self._lock:
+                del self._entries[key]  # the next one tries again
+            entry.loaded.set_exception(error)
+
+    def _evict(self) -> None:
+        excess = len(self._entries) - self._capacity
+        idle = [key for key, entry in self._entries.items() if entry.users == 0]
+        for key in idle[: max(excess, 0)]:
+            del self._entries[key]
+
+
+def load(artifacts: ArtifactStore, path: str, base: Base) -> Adapter:
+    """Read an adapter, check that it belongs to the base model, and that it answers as when it was trained.
+
+    Raises:
+        As `AdapterCache.use`.
+    """
+    manifest = artifacts.manifest(path)
+    _check_base(path, manifest, base.weights)
+    if manifest.get("prompt_format") not in FORMATS:
+        raise Internal(f"Adapter {path} names the unknown prompt format {manifest.get('prompt_format')!r}.")
+    files = artifacts.read(path)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if name not in files:
+            raise Internal(f"Adapter {path} lacks its file {name}.")
+    config = json.loads(files["adapter_config.json"])
+    tensors = safetensors.torch.load(files["adapter_model.safetensors"])
+    adapter = Adapter(
+        factors=_factors(path, config, tensors, base),
+        rank=config["r"],
+        prompt_format=manifest["prompt_format"],
+    )
+    _check_probe(path, manifest.get("probe"), adapter, base)
+    return adapter
+
+
+def _check_base(path: str, manifest: Mapping[str, Any], weights: Weights) -> None:
+    if manifest.get("base_model") != weights.model.id:
+        raise FailedPrecondition(
+            f"Adapter {path} was trained on models/{manifest.get('base_model')} and does not fit "
+            f"models/{weights.model.id}."
+        )
+    if manifest.get("weights_sha256") != weights.sha256:
+        raise FailedPrecondition(
+            f"Adapter {path} was trained on other weights of models/{weights.model.id} (SHA-256 "
+            f"{manifest.get('weights_sha256')}) than those on this machine ({weights.sha256}). "
+            "Tune the model again, or bring back the weights that it was tuned on."
+        )
+
+
+def _factors(
+    path: str, config: Mapping[str, Any], tensors: dict[str, torch.Tensor], base: Base
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return the factors by module path, refusing whatever would not be applied as it was trained."""
+    for setting in CHANGE_THE_COMPUTATION:
+        if config.get(setting) and config[setting] != PLAIN.get(setting):
+            raise Internal(f"Adapter {path} uses {setting} = {config[setting]!r}, which is not served.")
+    rank, scale = config["r"], config["lora_alpha"] / config["r"]
+    left = dict(tensors)
+    factors = {}
+    for module in _targets(config["target_modules"], base.linears):
+        inputs, outputs = base.linears[module]
+        pair = []
+        for letter, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+            key = f"{PREFIX}{module}.lora_{letter}.weight"
+            tensor = left.pop(key, None)
+            if tensor is None:
+                raise Internal(f"Adapter {path} lacks {key}, though its target_modules name the module.")
+            if tensor.shape != shape:
+                raise Internal(f"Adapter {path}: {key} is {list(tensor.shape)} where {list(shape)} fits.")
+            pair.append(tensor.to(base.device, torch.float32))
+        factors[module] = (pair[0], pair[1] * scale)
+    if left:
+        raise Internal(f"Adapter {path} holds {min(left)}, which is no part of models/{base.weights.model.id}.")
+    return factors
+
+
+def _targets(names: Sequence[str], linears: Mapping[str, object]) -> list[str]:
+    """Return the modules that PEFT's target_modules name: those whose path ends so."""
+    return [path for path in linears if any(f".{path}".endswith(f".{name}") for name in names)]
+
+
+def _check_probe(path: str, probe: Mapping[str, Any] | None, adapter: Adapter, base: Base) -> None:
+    """Ask the adapter what it was asked at the end of its training."""
+    if probe is None:
+        raise Internal(f"Adapter {path} has no probe in its manifest: nothing shows that it would answer.")
+    recorded, without = probe["logprob"], probe["base_logprob"]
+    measured = base.logprob(probe["tokens"], probe["prompt_length"], adapter)
+    if abs(measured - recorded) <= _tolerance(recorded):  # false for a NaN
+        return
+    message = (
+        f"Adapter {path} does not answer as it did when it was trained: the mean log-probability of its "
+        f"probe is {measured:.3f} and was {recorded:.3f}."
+    )
+    if math.isfinite(measured) and abs(measured - without) <= _tolerance(without):
+        message += " That is what the base model alone gives: the adapter has no effect."
+    raise Internal(message)
+
+
+def _tolerance(logprob: float) -> float:
+    return TOLERANCE + RELATIVE_TOLERANCE * abs(logprob)

@@ -1,0 +1,419 @@
+"""One base model and the thread that runs it: requests join and leave the batch between two steps.
+
+    submit -> waiting -> prefilling -> running -> ended
+                 |            |           |
+                 +------------+-----------+--- gone: leaves at the next step
+
+A step takes some of the waiting into a prefill, computes one chunk of the prefill whose turn it is, and then
+one token for all that are running.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from tunesmith import protos
+from tunesmith.base_models.weights import Weights
+from tunesmith.engines.kv_cache import KVCache, causal_mask
+from tunesmith.engines.linear import linear
+from tunesmith.engines.lora import Adapter, AdapterMix, adapt
+from tunesmith.engines.sampling import Sampler, choose
+from tunesmith.errors import ApiError, Cancelled, FailedPrecondition, Internal, Unavailable
+
+CHUNK = 512
+"""Tokens of one prefill pass: what the running requests wait for at most between two of their tokens."""
+
+SCORED_AT_ONCE = 64
+"""Positions of a probe whose scores of the whole vocabulary are in memory together."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The last event of a request.
+
+    Attributes:
+        finish_reason: `Candidate.STOP` or `MAX_TOKENS`.
+    """
+
+    finish_reason: int
+
+
+@dataclass(eq=False)
+class Request:
+    """One answer to make.
+
+    Attributes:
+        prompt: Token ids, at least one.
+        adapter: None for the base model itself.
+        sampler: How tokens are chosen.
+        max_output_tokens: When to end, if no stop token comes first.
+        stop_tokens: Ids that end the answer.
+        gone: Set when nobody waits for the answer any more.
+        events: The answer's tokens one by one, then `Ended`, or an error instead.
+        abandoned: Set when the reader has stopped reading.
+        tokens: Ids generated so far.
+    """
+
+    prompt: Sequence[int]
+    adapter: Adapter | None
+    sampler: Sampler
+    max_output_tokens: int
+    stop_tokens: frozenset[int]
+    gone: threading.Event
+    events: SimpleQueue[int | Ended | ApiError] = field(default_factory=SimpleQueue)
+    abandoned: bool = False
+    ended: bool = False
+    tokens: list[int] = field(default_factory=list)
+
+    def end(self, event: Ended | ApiError) -> None:
+        """Say how the request ended, once."""
+        if not self.ended:
+            self.ended = True
+            self.events.put(event)
+
+    def take(self, token: int, longest: int) -> None:
+        """Hand out the next token; `longest` is how many tokens the model can hold."""
+        if token in self.stop_tokens:
+            return self.end(Ended(protos.Candidate.STOP))
+        self.tokens.append(token)
+        self.events.put(token)
+        if len(self.tokens) >= self.max_output_tokens or len(self.prompt) + len(self.tokens) >= longest:
+            self.end(Ended(protos.Candidate.MAX_TOKENS))
+        return None
+
+    def leave(self) -> bool:
+        """Return whether the request has ended or nobody waits for it."""
+        if self.abandoned or self.gone.is_set():
+            self.end(Cancelled("The client went away."))
+        return self.ended
+
+
+@dataclass(eq=False)
+class _Prefill:
+    """Prompts that are computed together: several short ones in one pass, or a long one chunk by chunk.
+
+    Attributes:
+        requests: Whose prompts.
+        cache: Their keys and values, a cache of their own until the prompts are whole.
+    """
+
+    requests: list[Request]
+    cache: KVCache
+
+    @property
+    def done(self) -> int:
+        """How many tokens have been computed when some are left: only a prompt alone has several passes."""
+        return self.cache.lengths[0]
+
+
+class Runner:
+    """A base model in memory, and its thread.
+
+    Args:
+        weights: Where the model lies.
+        device: Where it runs.
+        dtype: Number format of its weights.
+        max_batch: Requests under way together.
+    """
+
+    def __init__(self, weights: Weights, device: torch.device, dtype: torch.dtype, max_batch: int) -> None:
+        self.weights = weights
+        self.device = device
+        self._dtype = dtype
+        self._mix = AdapterMix()
+        self._max_batch = max_batch
+        self._waiting: deque[Request] = deque()
+        self._prefilling: deque[_Prefill] = deque()
+        self._running: list[Request] = []
+        self._cache = KVCache(0, device)
+        """Row i is the i-th running request's."""
+        self._probes: deque[tuple[Future[float], Callable[[], float]]] = deque()
+        self._closing = False
+        self._wake = threading.Condition()
+        ready: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(ready,), name=f"runner-{weights.model.id}", daemon=True
+        )
+        self._thread.start()
+        ready.result()
+
+    def submit(self, request: Request) -> None:
+        """Put a request in the queue.
+
+        Raises:
+            Unavailable: The runner is closing.
+        """
+        with self._wake:
+            self._refuse_when_closing()
+            self._waiting.append(request)
+            self._wake.notify()
+
+    def logprob(self, tokens: Sequence[int], prompt_length: int, adapter: Adapter | None) -> float:
+        """Return the mean log-probability of an answer's tokens, all that follow the prompt.
+
+        Raises:
+            Unavailable: The runner is closing.
+        """
+        probe: Future[float] = Future()
+        with self._wake:
+            self._refuse_when_closing()
+            self._probes.append((probe, lambda: self._logprob(tokens, prompt_length, adapter)))
+            self._wake.notify()
+        return probe.result()
+
+    def close(self) -> None:
+        """Stop after the current step; all requests end with Unavailable."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _refuse_when_closing(self) -> None:
+        if self._closing:
+            raise closing()
+
+    def _run(self, ready: Future[None]) -> None:
+        # All of it on one thread: each thread that computes gets helpers from OpenMP, and as soon as there are
+        # more of them than cores they sleep between two products instead of spinning: half the speed.
+        with torch.inference_mode():
+            try:
+                self._load()
+            except BaseException as error:  # noqa: BLE001 — raised by the constructor
+                ready.set_exception(error)
+                return
+            ready.set_result(None)
+            self._loop()
+
+    def _load(self) -> None:
+        causal_lm = _causal_lm(self.weights, self.device, self._dtype)
+        config, head = causal_lm.config, causal_lm.get_output_embeddings()
+        self._windows = _windows(self.weights, config)
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.longest: int = config.max_position_embeddings
+        """Tokens that the model can hold, prompt and answer together."""
+        self.linears = adapt(causal_lm, head, self._mix)
+        """Path of each linear layer that an adapter may change, with its numbers of inputs and outputs."""
+        self._head = linear(head.weight, head.bias)
+        self._body: nn.Module = causal_lm.base_model
+
+    def _loop(self) -> None:
+        try:
+            while self._work_to_do():
+                try:
+                    self._step()
+                except Exception:
+                    logger.exception("A step of %s failed.", self.weights.model.id)
+                    self._end_all_under_way(_failed())
+        finally:
+            with self._wake:
+                self._closing = True
+            self._end_all_under_way(closing())
+            for request in self._waiting:
+                request.end(closing())
+            for probe, _ in self._probes:
+                probe.set_exception(closing())
+
+    def _work_to_do(self) -> bool:
+        """Wait for something to do; False when there will be nothing more."""
+        with self._wake:
+            if not self._running and not self._prefilling:
+                self._mix.clear()
+                self._wake.wait_for(lambda: self._waiting or self._probes or self._closing)
+            return not self._closing
+
+    def _end_all_under_way(self, error: ApiError) -> None:
+        """End what has left the queue; its keys and values may be in any state."""
+        for request in [*self._running, *(one for prefill in self._prefilling for one in prefill.requests)]:
+            request.end(error)
+        self._prefilling.clear()
+        self._running.clear()
+        self._cache = KVCache(0, self.device)
+
+    def _step(self) -> None:
+        self._probe()
+        self._drop_ended()
+        self._admit()
+        self._prefill()
+        self._drop_ended()
+        self._decode()
+        self._drop_ended()
+
+    def _probe(self) -> None:
+        if self._probes:
+            probe, compute = self._probes.popleft()
+            try:
+                probe.set_result(compute())
+            except Exception as error:
+                logger.exception("A probe of %s failed.", self.weights.model.id)
+                failed = _failed()
+                failed.__cause__ = error
+                probe.set_exception(failed)
+
+    def _drop_ended(self) -> None:
+        """Take out the requests that have ended, and those that nobody waits for."""
+        with self._wake:
+            self._waiting = deque(request for request in self._waiting if not request.leave())
+        self._prefilling = deque(
+            prefill for prefill in self._prefilling if not all(request.leave() for request in prefill.requests)
+        )
+        for row in reversed(range(len(self._running))):
+            if self._running[row].leave():
+                self._running[row] = self._running[-1]
+                self._running.pop()
+                self._cache.remove(row)
+        if not self._running:
+            self._cache = KVCache(0, self.device)
+
+    def _admit(self) -> None:
+        """Take from the queue, into one prefill, what fits the batch and one pass."""
+        room = self._max_batch - len(self._running) - sum(len(one.requests) for one in self._prefilling)
+        admitted: list[Request] = []
+        longest = 0
+        with self._wake:
+            while self._waiting and len(admitted) < room:
+                longest = max(longest, len(self._waiting[0].prompt))
+                if admitted and longest * (len(admitted) + 1) > CHUNK:
+                    break
+                admitted.append(self._waiting.popleft())
+        if admitted:
+            self._prefilling.append(_Prefill(admitted, KVCache(len(admitted), self.device)))
+
+    def _prefill(self) -> None:
+        """Compute the next chunk of the prefill whose turn it is."""
+        if not self._prefilling:
+            return
+        prefill = self._prefilling.popleft()
+        try:
+            tokens = self._prefill_chunk(prefill)
+        except Exception:
+            logger.exception("A prefill of %s failed.", self.weights.model.id)
+            for request in prefill.requests:
+                request.end(_failed())
+            return
+        if tokens is None:
+            self._prefilling.append(prefill)  # the others take their turns before its next chunk
+            return
+        self._running += prefill.requests
+        self._cache.append(prefill.cache)
+        self._hand_out(prefill.requests, tokens)
+
+    def _prefill_chunk(self, prefill: _Prefill) -> list[int] | None:
+        """Compute a chunk; return the answers' first tokens when the prompts are whole."""
+        start = prefill.done
+        chunks = [request.prompt[start : start + CHUNK] for request in prefill.requests]
+        lengths = [len(chunk) for chunk in chunks]
+        width = max(lengths)
+        tokens = torch.tensor([[*chunk, *[0] * (width - len(chunk))] for chunk in chunks], device=self.device)
+        hidden = self._forward(prefill.cache, tokens, [request.adapter for request in prefill.requests])
+        prefill.cache.advance(lengths)
+        if prefill.done < len(prefill.requests[0].prompt):
+            return None
+        last = hidden[torch.arange(len(chunks)), torch.tensor(lengths) - 1]
+        return choose(self._scores(last), [request.sampler for request in prefill.requests])
+
+    def _decode(self) -> None:
+        """Compute one more token of every running request."""
+        if not self._running:
+            return
+        tokens = torch.tensor([[request.tokens[-1]] for request in self._running], device=self.device)
+        hidden = self._forward(self._cache, tokens, [request.adapter for request in self._running])
+        self._cache.advance([1] * len(self._running))
+        chosen = choose(self._scores(hidden[:, 0]), [request.sampler for request in self._running])
+        self._hand_out(self._running, chosen)
+
+    def _hand_out(self, requests: Sequence[Request], tokens: Sequence[int]) -> None:
+        for request, token in zip(requests, tokens, strict=True):
+            request.take(token, self.longest)
+
+    def _forward(self, cache: KVCache, tokens: torch.Tensor, adapters: Sequence[Adapter | None]) -> torch.Tensor:
+        """Run the model's body over new tokens of each row.
+
+        Args:
+            cache: What the rows have seen; takes the new tokens in, which `advance` then counts.
+            tokens: Ids [rows, width].
+            adapters: Each row's.
+
+        Returns:
+            The last hidden states, [rows, width, size].
+        """
+        self._mix.select(adapters)
+        positions = cache.begin(tokens.shape[1])
+        masks = {
+            kind: causal_mask(positions, cache.end, window, self._dtype) for kind, window in self._windows.items()
+        }
+        output = self._body(
+            input_ids=tokens,
+            # Models whose layers differ take a mask for each kind of layer, the others one mask.
+            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
+
+    def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the scores of all tokens, float32 [rows, vocabulary], for hidden states [rows, size].
+
+        The head is applied here and not by the model: its product of a three-dimensional, non-contiguous
+        bfloat16 input takes forty times as long.
+        """
+        scores = self._head(hidden.contiguous()).float()
+        return scores if self._softcap is None else torch.tanh(scores / self._softcap) * self._softcap
+
+    def _logprob(self, tokens: Sequence[int], prompt_length: int, adapter: Adapter | None) -> float:
+        cache, hidden = KVCache(1, self.device), []
+        for start in range(0, len(tokens) - 1, CHUNK):
+            chunk = tokens[start : min(start + CHUNK, len(tokens) - 1)]
+            hidden.append(self._forward(cache, torch.tensor([chunk], device=self.device), [adapter])[0])
+            cache.advance([len(chunk)])
+        total = 0.0
+        answer = torch.tensor(tokens[prompt_length:], device=self.device)
+        before_answer = torch.cat(hidden)[prompt_length - 1 :]
+        for start in range(0, len(answer), SCORED_AT_ONCE):
+            scores = self._scores(before_answer[start : start + SCORED_AT_ONCE])
+            targets = answer[start : start + SCORED_AT_ONCE]
+            total -= float(functional.cross_entropy(scores, targets, reduction="sum"))
+        return total / len(answer)
+
+
+def _causal_lm(weights: Weights, device: torch.device, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    causal_lm: Any = AutoModelForCausalLM.from_pretrained(
+        weights.path, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+    )
+    return causal_lm.to(device).eval().requires_grad_(False)
+
+
+def _windows(weights: Weights, config: Any) -> dict[str, int | None]:
+    """Return the kinds of a model's layers, each with how many tokens its attention looks back."""
+    window: int | None = getattr(config, "sliding_window", None)
+    kinds = dict.fromkeys(getattr(config, "layer_types", None) or [])
+    if not kinds:
+        return {"all": window}
+    if unknown := kinds.keys() - {"full_attention", "sliding_attention"}:
+        raise FailedPrecondition(f"models/{weights.model.id} has {min(unknown)} layers, which are not served.")
+    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+
+
+def _failed() -> Internal:
+    return Internal("An internal error has occurred. Please retry or report it to the operator of this server.")
+
+
+def closing() -> Unavailable:
+    """Return the error that ends requests when the engine closes."""
+    return Unavailable("The server is shutting down.")

@@ -1,0 +1,67 @@
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from engines.client import Base, Client
+from tunesmith.base_models import weights
+from tunesmith.engines import torch_engine
+from tunesmith.store.artifacts import ArtifactStore
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # tiny products are faster alone
+
+
+def _base(arch: Any, path: Path) -> Base:
+    model, cache = tiny.tiny_cache(path, arch)
+    base = weights.get(model, cache)
+    store = ArtifactStore(f"memory://{path}")
+    adapted = {
+        "one": tiny.random_adapter(base, seed=1),
+        "two": tiny.random_adapter(base, seed=2, rank=8, alpha=4),
+        "attention": tiny.random_adapter(base, seed=3, rank=2, targets=("q_proj", "v_proj")),
+    }
+    for name, adapter in adapted.items():
+        tiny.publish_adapter(store, name, base, adapter)
+    return Base(model, cache, store, base, tiny.reference_model(base), adapted)
+
+
+@pytest.fixture(scope="session")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return _base("gemma3", tmp_path_factory.mktemp("gemma"))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return _base("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(params=["gemma", "llama"])
+def base(request: pytest.FixtureRequest) -> Base:
+    found: Base = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+def client(base: Base, float32: None) -> Iterator[Client]:
+    client = Client(base)
+    yield client
+    client.engine.close()
+
+
+@pytest.fixture
+def gemma_client(gemma: Base, float32: None) -> Iterator[Client]:
+    client = Client(gemma)
+    yield client
+    client.engine.close()
+
+
+@pytest.fixture
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact enough that the answers are the oracle's token by token."""
+    monkeypatch.setattr(torch_engine, "compute_dtype", lambda device: torch.float32)

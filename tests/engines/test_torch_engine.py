@@ -1,0 +1,274 @@
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from engines.client import Base, Client
+from tunesmith import protos
+from tunesmith.base_models.prompts import FORMATS, Turn
+from tunesmith.engines import runner as runner_module
+from tunesmith.engines.torch_engine import TorchEngine
+from tunesmith.errors import Cancelled, FailedPrecondition, Internal, InvalidArgument, NotFound, Unavailable
+
+TEXTS = ["hello", "one two three four", "the cat is in the hat and on the tin", "a", "七 and 六", "Zebra 12"]
+SAMPLED = {"temperature": 1.3, "top_k": 20, "top_p": 0.9}
+
+
+@pytest.mark.parametrize("adapter", [None, "one", "two", "attention"])
+def test_alone_it_answers_as_peft_does(client: Client, adapter: str | None):
+    for text in TEXTS[:3]:
+        assert client.ask(adapter, text) == client.base.text(adapter, text, 24)
+
+
+def test_adapters_mixed_in_one_batch_answer_as_alone(client: Client, monkeypatch: pytest.MonkeyPatch):
+    questions = [
+        {"adapter": adapter, "text": text} for text in TEXTS[:4] for adapter in (None, "one", "two", "attention")
+    ]
+    widest = []
+    decode = client.runner._decode
+
+    def watched() -> None:
+        widest.append(len(client.runner._running))
+        decode()
+
+    monkeypatch.setattr(client.runner, "_decode", watched)
+    expected = [client.base.text(one["adapter"], one["text"], 24) for one in questions]
+    assert client.ask_all(questions) == expected
+    assert max(widest) > 4  # they did run together
+    assert len(set(expected)) > len(TEXTS[:4])  # and the adapters do matter
+
+
+def test_requests_join_and_leave_while_others_go_on(gemma: Base, float32: None):
+    client = Client(gemma, max_batch=3)
+    questions = [
+        {"adapter": adapter, "text": text, "count": count}
+        for text, count in zip(TEXTS, (40, 3, 17, 1, 29, 8), strict=True)
+        for adapter in (None, "one")
+    ]
+    expected = [gemma.text(one["adapter"], one["text"], one["count"]) for one in questions]
+    assert client.ask_all(questions) == expected
+    client.engine.close()
+
+
+def test_rows_that_leave_give_up_their_place(gemma_client: Client):
+    gemma_client.ask_all([{"adapter": None, "text": text, "count": 5} for text in TEXTS])
+    assert is_idle(gemma_client)
+
+
+def test_sliding_window(gemma_client: Client):
+    text = "the cat is in the hat and on the tin " * 3
+    prompt = FORMATS["plain"].prompt(gemma_client.base.weights.tokenizer(), [Turn("user", text)])
+    assert len(prompt) > 4 * tiny.SLIDING_WINDOW
+    assert gemma_client.ask(None, text, 40) == gemma_client.base.text(None, text, 40)
+
+
+def test_long_prompts_come_in_chunks_between_which_others_go_on(client: Client, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runner_module, "CHUNK", 32)
+    widths = []
+    forward = client.runner._forward
+
+    def watched(cache: Any, tokens: torch.Tensor, adapters: Any) -> torch.Tensor:
+        widths.append(tuple(tokens.shape))
+        return forward(cache, tokens, adapters)
+
+    monkeypatch.setattr(client.runner, "_forward", watched)
+    long = "the cat is in the hat and on the tin " * 12
+    questions = [
+        {"adapter": "one", "text": long},
+        {"adapter": None, "text": "hello", "count": 40},
+        {"adapter": "two", "text": long + "a"},
+    ]
+    expected = [client.base.text(one["adapter"], one["text"], one.get("count", 24)) for one in questions]
+    assert client.ask_all(questions) == expected
+    assert max(rows * width for rows, width in widths) <= 32
+    chunks = [number for number, (_, width) in enumerate(widths) if width == 32]
+    assert any(widths[number][1] == 1 for number in range(chunks[0], chunks[-1]))
+
+
+def test_growing_past_a_block_of_the_cache(gemma_client: Client):
+    questions = [{"adapter": "one", "text": "hello", "count": 400}, {"adapter": None, "text": "a", "count": 300}]
+    expected = [gemma_client.base.text(one["adapter"], one["text"], one["count"]) for one in questions]
+    assert gemma_client.ask_all(questions) == expected
+
+
+def test_a_seed_gives_the_same_text_alone_and_in_a_batch(client: Client):
+    alone = [client.ask("one", text, seed=number, **SAMPLED) for number, text in enumerate(TEXTS)]
+    again = client.ask_all(
+        [{"adapter": "one", "text": text, "seed": number, **SAMPLED} for number, text in enumerate(TEXTS)]
+        + [{"adapter": "two", "text": text, **SAMPLED} for text in TEXTS]
+    )
+    assert again[: len(TEXTS)] == alone
+
+
+def test_seeds_differ_and_none_draws_one(client: Client):
+    assert len({client.ask(None, "hello", seed=seed, **SAMPLED) for seed in (1, 2, -3)}) == 3
+    assert len({client.ask(None, "hello", **SAMPLED) for _ in range(3)}) == 3
+
+
+def test_top_k_1_is_greedy(client: Client):
+    greedy = client.ask("one", "hello")
+    assert client.ask("one", "hello", temperature=2.0, top_k=1) == greedy
+    assert client.ask("one", "hello", temperature=2.0, top_p=1e-6) == greedy
+
+
+@pytest.mark.parametrize("after", [1, 4, 9])
+def test_stop_sequences_end_the_answer_and_are_not_part_of_it(gemma_client: Client, after: int):
+    whole = gemma_client.ask(None, "hello", 40)
+    stop = whole[after : after + 4]  # of single letters, so it lies across tokens
+    chunks = list(gemma_client.chunks(None, "hello", 40, stop_sequences=("never", stop)))
+    assert "".join(chunk.text for chunk in chunks) == whole[: whole.index(stop)]
+    assert chunks[-1].finish_reason == protos.Candidate.STOP
+
+
+def test_max_output_tokens(gemma_client: Client):
+    chunks = list(gemma_client.chunks(None, "hello", 7))
+    assert chunks[-1].finish_reason == protos.Candidate.MAX_TOKENS
+    assert chunks[-1].output_tokens == len(gemma_client.base.tokens(None, "hello", 7)) == 7
+    assert chunks[-1].prompt_tokens == len(TEXTS[0])  # <bos>, h, e+l... the pair "he" is one token
+    assert all(chunk.finish_reason == 0 for chunk in chunks[:-1])
+    assert [chunk.output_tokens for chunk in chunks] == sorted(chunk.output_tokens for chunk in chunks)
+
+
+def test_stop_tokens_end_the_answer_and_are_not_counted(client: Client):
+    adapter, text = next(
+        (adapter, text)
+        for adapter in (None, "one", "two", "attention")
+        for text in TEXTS
+        if len(client.base.tokens(adapter, text, 60)) < 60
+    )
+    last = list(client.chunks(adapter, text, 60))[-1]
+    assert last.finish_reason == protos.Candidate.STOP
+    assert last.output_tokens == len(client.base.tokens(adapter, text, 60))
+
+
+def test_the_model_ends_where_its_positions_do(gemma_client: Client, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gemma_client.runner, "longest", 12)
+    last = list(gemma_client.chunks(None, "hello", 40))[-1]
+    assert (last.prompt_tokens + last.output_tokens, last.finish_reason) == (12, protos.Candidate.MAX_TOKENS)
+
+
+def test_too_long_a_prompt(gemma_client: Client):
+    with pytest.raises(InvalidArgument, match=r"token count \(1601\) exceeds the maximum .* \(1536\)"):
+        gemma_client.ask(None, "x" * 1600)
+
+
+def test_count_tokens_is_the_prompt_that_generate_makes(client: Client):
+    for adapter in (None, "one"):
+        counted = client.engine.count_tokens(client.base.model, adapter, [Turn("user", "hello")])
+        assert counted == next(iter(client.chunks(adapter, "hello"))).prompt_tokens
+    with pytest.raises(NotFound):
+        client.engine.count_tokens(client.base.model, "absent", [Turn("user", "hello")])
+
+
+def test_weights_that_are_not_here(gemma: Base, float32: None, tmp_path):
+    with (
+        pytest.raises(FailedPrecondition, match="not on this machine"),
+    ):
+        TorchEngine(gemma.store, tmp_path, device="cpu").preload(gemma.model)
+
+
+def is_idle(client: Client) -> bool:
+    """Whether the runner has nothing left; asked between two steps."""
+    client.runner.logprob([1, 2], 1, None)
+    return client.runner._running == [] and client.runner._cache.lengths == []
+
+
+def test_gone_ends_a_request_that_runs(gemma_client: Client):
+    gone = threading.Event()
+    chunks = gemma_client.chunks(None, "hello", 1500, gone)
+    next(chunks)
+    gone.set()
+    with pytest.raises(Cancelled):
+        list(chunks)
+    assert is_idle(gemma_client)
+
+
+def test_gone_ends_a_request_that_waits(gemma: Base, float32: None, monkeypatch: pytest.MonkeyPatch):
+    client = Client(gemma, max_batch=1)
+    first = client.chunks(None, "hello", 1500)
+    next(first)
+    gone = threading.Event()
+    gone.set()
+    with pytest.raises(Cancelled):  # though the only place is taken
+        client.ask(None, "one", gone=gone)
+    first.close()
+    client.engine.close()
+
+
+def test_closing_the_iterator_frees_the_place(gemma: Base, float32: None):
+    client = Client(gemma, max_batch=1)
+    chunks = client.chunks(None, "hello", 1500)
+    next(chunks)
+    chunks.close()
+    assert client.ask(None, "one", 3) == gemma.text(None, "one", 3)  # it waits for the only place
+    assert is_idle(client)
+    client.engine.close()
+
+
+def fails_once(monkeypatch: pytest.MonkeyPatch, runner: Any, method: str, error: Exception) -> None:
+    original = getattr(runner, method)
+
+    def failing(*args: Any) -> Any:
+        monkeypatch.setattr(runner, method, original)
+        raise error
+
+    monkeypatch.setattr(runner, method, failing)
+
+
+@pytest.mark.parametrize("method", ["_decode", "_prefill_chunk", "_admit"])
+@pytest.mark.parametrize("error", [RuntimeError("broken"), MemoryError()])
+def test_an_error_in_a_step_ends_the_requests_and_not_the_runner(
+    gemma_client: Client, monkeypatch: pytest.MonkeyPatch, caplog, method: str, error: Exception
+):
+    expected = gemma_client.ask(None, "hello")
+    fails_once(monkeypatch, gemma_client.runner, method, error)
+    if method == "_admit":  # what still waits is none of the failed step's business
+        assert gemma_client.ask(None, "hello") == expected
+    else:
+        with pytest.raises(Internal, match="An internal error has occurred"):
+            gemma_client.ask(None, "hello")
+    assert [record for record in caplog.records if record.exc_info and record.exc_info[1] is error]
+    assert gemma_client.ask(None, "hello") == expected
+
+
+def test_a_prefill_that_fails_leaves_the_running_alone(gemma_client: Client, monkeypatch: pytest.MonkeyPatch):
+    expected = gemma_client.base.text(None, "hello", 200)
+    chunks = gemma_client.chunks(None, "hello", 200)
+    text = next(chunks).text
+    fails_once(monkeypatch, gemma_client.runner, "_prefill_chunk", RuntimeError("out of memory"))
+    with pytest.raises(Internal):
+        gemma_client.ask(None, "one")
+    assert text + "".join(chunk.text for chunk in chunks) == expected
+
+
+def test_close_ends_what_runs_and_what_waits(gemma: Base, float32: None):
+    client = Client(gemma, max_batch=1)
+    running = client.chunks(None, "hello", 1500)
+    next(running)
+    waiting: list[Any] = []
+    thread = threading.Thread(target=lambda: waiting.extend(client.ask_all([{"adapter": None, "text": "a"}])))
+    submitted, runner = threading.Event(), client.runner
+    submit = runner.submit
+    runner.submit = lambda request: (submit(request), submitted.set())
+    thread.start()
+    assert submitted.wait(30)
+    client.engine.close()
+    with pytest.raises(Unavailable):
+        list(running)
+    thread.join(30)
+    assert isinstance(waiting[0], Unavailable)
+    with pytest.raises(Unavailable):
+        client.ask(None, "hello")
+    assert not runner._thread.is_alive()
+
+
+def test_bfloat16_answers_as_transformers_does(base: Base, monkeypatch: pytest.MonkeyPatch):
+    """The product with packed weights: the scores are transformers' own up to bfloat16's rounding."""
+    client = Client(base)
+    monkeypatch.setattr("tunesmith.engines.torch_engine.compute_dtype", lambda device: torch.bfloat16)
+    tokens = list(range(270, 300))
+    expected = tiny.mean_logprob(base.reference, tokens, 10)
+    assert client.runner.logprob(tokens, 10, None) == pytest.approx(expected, abs=0.15)
+    client.engine.close()

@@ -1,0 +1,209 @@
+"""The queue on a real SQLite file: leases, fencing, cancel."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+
+from tunesmith import protos
+from tunesmith.auth.accounts import Accounts
+from tunesmith.errors import Cancelled
+from tunesmith.jobs import queue
+from tunesmith.jobs.queue import Claim, JobQueue, LeaseLost
+from tunesmith.store.database import Database
+from tunesmith.store.tables import Job, Snapshot, TunedModel
+
+ACTIVE, FAILED = protos.TunedModel.ACTIVE, protos.TunedModel.FAILED
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    database = Database(f"sqlite:///{tmp_path / 'test.db'}")
+    database.migrate()
+    Accounts(database).create("ada@example.com")
+    yield database
+    database.close()
+
+
+def enqueue(database: Database, name: str, create_time: float = 0.0) -> None:
+    with database.write() as session:
+        message = protos.TunedModel(name=f"tunedModels/{name}", state=protos.TunedModel.CREATING)
+        session.add(
+            TunedModel(
+                id=name,
+                owner="ada@example.com",
+                base="tiny",
+                message=message.SerializeToString(),
+                state=message.state,
+                create_time=create_time,
+            )
+        )
+        session.flush()
+        session.add(
+            Job(
+                id=f"job-{name}",
+                tuned_model=name,
+                state="queued",
+                training_data=b"",
+                seed=0,
+                total_steps=4,
+                create_time=create_time,
+            )
+        )
+
+
+def held(claim: Claim | None) -> Claim:
+    assert claim is not None
+    return claim
+
+
+def job_of(database: Database, name: str) -> Job:
+    with database.read() as session:
+        return session.scalars(select(Job).where(Job.tuned_model == name)).one()
+
+
+def state_of(database: Database, name: str) -> int:
+    with database.read() as session:
+        return session.get_one(TunedModel, name).state
+
+
+def test_jobs_are_claimed_once_and_oldest_first(database: Database) -> None:
+    jobs = JobQueue(database, lease_seconds=60)
+    for name, time in (("second", 2.0), ("first", 1.0)):
+        enqueue(database, name, time)
+    assert [held(jobs.claim("a")).tuned_model, held(jobs.claim("b")).tuned_model] == ["first", "second"]
+    assert jobs.claim("c") is None
+
+
+def test_many_workers_at_once_never_get_one_job_twice(database: Database) -> None:
+    for number in range(20):
+        enqueue(database, f"model-{number}")
+    jobs, claimed, lock = JobQueue(database, lease_seconds=60), list[str](), threading.Lock()
+
+    def work(worker: str) -> None:
+        while claim := jobs.claim(worker):
+            with lock:
+                claimed.append(claim.job)
+
+    threads = [threading.Thread(target=work, args=(f"w{number}",)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(claimed) == sorted(f"job-model-{number}" for number in range(20))
+
+
+def test_a_lease_that_ran_out_gives_the_job_to_another_and_fences_the_first_off(database: Database) -> None:
+    enqueue(database, "x")
+    jobs = JobQueue(database, lease_seconds=0.05)
+    first = held(jobs.claim("a"))
+    jobs.record(first, 1, 0, 0.5)
+    threading.Event().wait(0.1)  # the lease
+    second = held(jobs.claim("b"))
+    assert (second.job, second.attempt, second.recorded_steps) == (first.job, 2, 1)
+    for write in (
+        lambda: jobs.renew(first),
+        lambda: jobs.record(first, 2, 0, 9.9),
+        lambda: jobs.checkpointed(first, "theirs"),
+        lambda: jobs.finish(first, "theirs"),
+        lambda: jobs.fail(first, Cancelled("no")),
+        lambda: jobs.put_back(first),
+    ):
+        with pytest.raises(LeaseLost):
+            write()
+    jobs.record(second, 1, 0, 0.5)
+    jobs.finish(second, "ours")
+    with database.read() as session:
+        assert session.get_one(TunedModel, "x").adapter == "ours"
+        assert [(row.step, row.mean_loss) for row in session.scalars(select(Snapshot))] == [(1, 0.5)]
+
+
+def test_renewing_keeps_the_job(database: Database) -> None:
+    enqueue(database, "x")
+    jobs = JobQueue(database, lease_seconds=0.2)
+    claim = held(jobs.claim("a"))
+    for _ in range(4):
+        threading.Event().wait(0.1)
+        assert jobs.renew(claim) is False
+        assert jobs.claim("b") is None
+
+
+def test_the_lease_of_a_dead_worker_ends_at_once(database: Database) -> None:
+    enqueue(database, "x")
+    jobs = JobQueue(database, lease_seconds=60)
+    held(jobs.claim("a"))
+    jobs.release("someone else")
+    assert jobs.claim("b") is None
+    jobs.release("a")
+    assert held(jobs.claim("b")).attempt == 2
+
+
+def test_a_job_that_never_gets_through_a_step_is_given_up(database: Database) -> None:
+    enqueue(database, "poison")
+    enqueue(database, "next", 1.0)
+    jobs = JobQueue(database, lease_seconds=60)
+    for worker in ("a", "b", "c"):
+        assert held(jobs.claim(worker)).tuned_model == "poison"
+        jobs.release(worker)
+    assert jobs.claim("d") is None
+    assert state_of(database, "poison") == FAILED
+    status = protos.Status.FromString(job_of(database, "poison").error or b"")
+    assert "ended 3 times in a row without finishing a step" in status.message
+    assert held(jobs.claim("d")).tuned_model == "next"
+
+
+def test_a_killed_worker_that_finished_steps_is_no_poison(database: Database) -> None:
+    enqueue(database, "x")
+    jobs = JobQueue(database, lease_seconds=60)
+    for attempt in range(1, 20):
+        claim = held(jobs.claim(f"w{attempt}"))
+        jobs.record(claim, attempt, 0, 0.1)
+        jobs.release(claim.worker)
+    assert held(jobs.claim("last")).attempt == 20
+
+
+def test_putting_back_is_no_failed_attempt(database: Database) -> None:
+    enqueue(database, "x")
+    jobs = JobQueue(database, lease_seconds=60)
+    for _ in range(5):
+        jobs.put_back(held(jobs.claim("a")))
+    assert held(jobs.claim("a")).attempt == 6
+
+
+def cancel(database: Database, name: str) -> None:
+    with database.write() as session:
+        queue.cancel(session, session.get_one(Job, f"job-{name}"))
+
+
+def test_cancelling_a_waiting_job_ends_it(database: Database) -> None:
+    enqueue(database, "x")
+    cancel(database, "x")
+    assert JobQueue(database, 60).claim("a") is None
+    assert state_of(database, "x") == FAILED
+    assert protos.Status.FromString(job_of(database, "x").error or b"").code == 1
+
+
+def test_cancelling_a_running_job_asks_its_worker(database: Database) -> None:
+    enqueue(database, "x")
+    jobs = JobQueue(database, 60)
+    claim = held(jobs.claim("a"))
+    cancel(database, "x")
+    assert jobs.renew(claim) is True
+    jobs.finish(claim, "partial", Cancelled("on the way"))
+    assert state_of(database, "x") == ACTIVE
+    assert protos.Status.FromString(job_of(database, "x").error or b"").code == 1
+    cancel(database, "x")  # done stays done
+    assert state_of(database, "x") == ACTIVE
+
+
+def test_a_deleted_model_takes_its_job_along(database: Database) -> None:
+    enqueue(database, "x")
+    jobs = JobQueue(database, 60)
+    claim = held(jobs.claim("a"))
+    with database.write() as session:
+        session.delete(session.get_one(TunedModel, "x"))
+    with pytest.raises(LeaseLost):
+        jobs.record(claim, 1, 0, 0.1)
+    assert jobs.claim("b") is None

@@ -1,0 +1,142 @@
+"""Nothing that is killed loses a job: real servers and workers, real signals."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from servers import Server, job, losses
+
+EVERY_STEP = {"TUNESMITH_CHECKPOINT_SECONDS": "0"}
+LONG = job(epochs=60)  # 150 steps
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of the job when nobody disturbs it."""
+    with Server(tmp_path_factory.mktemp("undisturbed"), tiny) as server:
+        return losses(server.finished(server.tune(LONG)))
+
+
+def workers(server: Server) -> list[int]:
+    """The process ids of a server's workers."""
+    children = Path(f"/proc/{server.process.pid}/task").glob("*/children")
+    return [int(pid) for child in children for pid in child.read_text().split()]
+
+
+def reaches(step: int) -> Any:
+    return lambda operation: operation["metadata"].get("completedSteps", 0) >= step
+
+
+def ended_well(server: Server, operation: dict[str, Any]) -> list[float]:
+    """Check that an operation ends with an ACTIVE model that answers; return its losses."""
+    done = server.finished(operation)
+    assert "error" not in done
+    assert done["response"]["state"] == "ACTIVE"
+    body = {"contents": [{"parts": [{"text": "1"}]}], "generationConfig": {"maxOutputTokens": 4}}
+    name = done["response"]["name"]
+    assert server.call("POST", f"{name}:generateContent", body)["candidates"]
+    assert len(list((server.data_dir / "artifacts" / name).glob("*/*"))) == 1  # the adapter, no checkpoint
+    return losses(done)
+
+
+def test_a_worker_killed_at_three_steps(tiny: dict[str, str], data_dir: Path, undisturbed: list[float]) -> None:
+    with Server(data_dir, tiny | EVERY_STEP) as server:
+        operation = server.tune(LONG)
+        for step in (3, 47, 101):
+            server.until(operation, reaches(step))
+            (worker,) = workers(server)
+            os.kill(worker, signal.SIGKILL)
+        assert ended_well(server, operation) == undisturbed
+
+
+def test_a_worker_killed_before_its_first_checkpoint(
+    tiny: dict[str, str], data_dir: Path, undisturbed: list[float]
+) -> None:
+    with Server(data_dir, tiny | {"TUNESMITH_CHECKPOINT_SECONDS": "1000"}) as server:
+        operation = server.tune(LONG)
+        server.until(operation, reaches(20))
+        (worker,) = workers(server)
+        os.kill(worker, signal.SIGKILL)
+        assert ended_well(server, operation) == undisturbed
+
+
+def test_the_whole_server_killed(tiny: dict[str, str], data_dir: Path, undisturbed: list[float]) -> None:
+    server = Server(data_dir, tiny | EVERY_STEP | {"TUNESMITH_LEASE_SECONDS": "2"})
+    server.start()
+    operation = server.tune(LONG)
+    waiting = server.tune(job("waiting"))
+    for step in (10, 60):
+        server.until(operation, reaches(step))
+        server.kill()
+        server.start()
+    assert ended_well(server, operation) == undisturbed
+    ended_well(server, waiting)
+    server.stop()
+
+
+def test_a_server_that_stops_puts_its_job_back(
+    tiny: dict[str, str], data_dir: Path, undisturbed: list[float]
+) -> None:
+    server = Server(data_dir, tiny | {"TUNESMITH_LEASE_SECONDS": "1000"})
+    with server:
+        operation = server.tune(LONG)
+        server.until(operation, reaches(5))
+    with server:  # no lease to wait for
+        assert ended_well(server, operation) == undisturbed
+
+
+def test_a_worker_that_froze_past_its_lease_is_replaced_and_leaves_the_job(
+    tiny: dict[str, str], data_dir: Path, undisturbed: list[float]
+) -> None:
+    with Server(data_dir, tiny | EVERY_STEP | {"TUNESMITH_LEASE_SECONDS": "1"}, "--workers", "2") as server:
+        operation = server.tune(LONG)
+        server.until(operation, reaches(5))
+        frozen = workers(server)
+        for worker in frozen:  # whichever holds the job; the other one goes on below
+            os.kill(worker, signal.SIGSTOP)
+        step = server.call("GET", operation["name"])["metadata"]["completedSteps"]
+        os.kill(idle_worker(server, frozen), signal.SIGCONT)
+        server.until(operation, reaches(step + 20))
+        for worker in frozen:
+            os.kill(worker, signal.SIGCONT)
+        assert ended_well(server, operation) == undisturbed
+        server.finished(server.tune(job("after")))  # both workers are well
+
+
+def idle_worker(server: Server, pids: list[int]) -> int:
+    """The worker that holds no job, by the name in its command line and in the log's claims."""
+    log = Path(server.log.name).read_text()
+    names = {pid: Path(f"/proc/{pid}/cmdline").read_text().split("--name\0")[1].split("\0")[0] for pid in pids}
+    (idle,) = [pid for pid, name in names.items() if f"worker {name} claims job" not in log]
+    return idle
+
+
+def test_cancel_keeps_the_weights_so_far(tiny: dict[str, str], data_dir: Path) -> None:
+    with Server(data_dir, tiny) as server:
+        operation = server.tune(LONG)
+        server.until(operation, reaches(3))
+        assert server.call("POST", f"{operation['name']}:cancel") == {}
+        done = server.finished(operation)
+        assert done["error"]["code"] == 1
+        assert "response" not in done
+        name = done["metadata"]["tunedModel"]
+        assert 3 <= len(losses(done)) < 150
+        assert server.call("GET", name)["state"] == "ACTIVE"
+        body = {"contents": [{"parts": [{"text": "1"}]}], "generationConfig": {"maxOutputTokens": 4}}
+        assert server.call("POST", f"{name}:generateContent", body)["candidates"]
+
+
+def test_deleting_a_model_ends_its_job_and_leaves_nothing(tiny: dict[str, str], data_dir: Path) -> None:
+    with Server(data_dir, tiny | EVERY_STEP) as server:
+        operation = server.tune(LONG)
+        server.until(operation, reaches(3))
+        name = operation["metadata"]["tunedModel"]
+        assert server.call("DELETE", name) == {}
+        assert server.call("GET", name, code=404)["error"]["message"] == f"Tuned model {name} does not exist."
+        server.call("GET", operation["name"], code=404)
+        ended_well(server, server.tune(job("next")))  # the worker is free
+        left = server.data_dir / "artifacts" / name
+        assert not left.exists() or not list(left.glob("*/*/manifest.json"))
