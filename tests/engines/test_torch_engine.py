@@ -9,10 +9,14 @@ from engines.client import Base, Client
 from tunesmith import protos
 from tunesmith.base_models.prompts import FORMATS, Turn
 from tunesmith.engines import runner as runner_module
+from tunesmith.engines.runner import Request
 from tunesmith.engines.torch_engine import TorchEngine
 from tunesmith.errors import Cancelled, FailedPrecondition, Internal, InvalidArgument, NotFound, Unavailable
 
 TEXTS = ["hello", "one two three four", "the cat is in the hat and on the tin", "a", "七 and 六", "Zebra 12"]
+ENDLESS = "the other one is in a tin on the table, and a hat"
+"""The tiny Gemma answers it until it is stopped."""
+
 SAMPLED = {"temperature": 1.3, "top_k": 20, "top_p": 0.9}
 
 
@@ -64,27 +68,77 @@ def test_sliding_window(gemma_client: Client):
     assert gemma_client.ask(None, text, 40) == gemma_client.base.text(None, text, 40)
 
 
+def ask_together(client: Client, questions: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ask so that all are in the queue, in this order, before the runner takes its next step."""
+    runner = client.runner
+    step, submit, opened = runner._step, runner.submit, threading.Event()
+    queued = threading.Semaphore(0)
+    requests: list[Request] = []
+
+    def hold_back(request: Request) -> None:
+        requests.append(request)
+        queued.release()
+
+    def held_step() -> None:
+        assert opened.wait(30)
+        step()
+
+    monkeypatch.setattr(runner, "submit", hold_back)
+    answers: list[str] = []
+    asking = threading.Thread(target=lambda: answers.extend(client.ask_all(questions)))
+    asking.start()
+    for _ in questions:
+        assert queued.acquire(timeout=30)
+    monkeypatch.setattr(runner, "_step", held_step)
+    for request in sorted(requests, key=lambda request: -len(request.prompt)):
+        submit(request)
+    opened.set()
+    asking.join(30)
+    return answers
+
+
 def test_long_prompts_come_in_chunks_between_which_others_go_on(client: Client, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runner_module, "CHUNK", 32)
-    widths = []
+    long = "the cat is in the hat and on the tin " * 8
+    questions = [
+        {"adapter": "one", "text": long},
+        {"adapter": "two", "text": long[1:]},
+        {"adapter": None, "text": "hello"},
+        {"adapter": "one", "text": "one"},
+        {"adapter": "two", "text": "a"},
+    ]
+    expected = [client.base.text(one["adapter"], one["text"], 24) for one in questions]
+    for name in ("one", "two"):
+        client.ask(name, "a", 1)  # loads it
+    passes = []
     forward = client.runner._forward
 
     def watched(cache: Any, tokens: torch.Tensor, adapters: Any) -> torch.Tensor:
-        widths.append(tuple(tokens.shape))
+        passes.append(tuple(tokens.shape))
         return forward(cache, tokens, adapters)
 
     monkeypatch.setattr(client.runner, "_forward", watched)
-    long = "the cat is in the hat and on the tin " * 12
-    questions = [
-        {"adapter": "one", "text": long},
-        {"adapter": None, "text": "hello", "count": 40},
-        {"adapter": "two", "text": long + "a"},
-    ]
-    expected = [client.base.text(one["adapter"], one["text"], one.get("count", 24)) for one in questions]
-    assert client.ask_all(questions) == expected
-    assert max(rows * width for rows, width in widths) <= 32
-    chunks = [number for number, (_, width) in enumerate(widths) if width == 32]
-    assert any(widths[number][1] == 1 for number in range(chunks[0], chunks[-1]))
+    assert ask_together(client, questions, monkeypatch) == expected
+    assert max(rows * width for rows, width in passes) <= 32
+    long_ones = [number for number, (_, width) in enumerate(passes) if width == 32]
+    decoding = [number for number, (_, width) in enumerate(passes) if width == 1]
+    assert len(long_ones) > 12
+    assert decoding[0] < long_ones[6]  # the short ones took their turn before a long one was done
+
+
+def test_short_prompts_are_computed_together(client: Client, monkeypatch: pytest.MonkeyPatch):
+    prefills = []
+    chunk = client.runner._prefill_chunk
+
+    def watched(prefill: Any) -> Any:
+        prefills.append(len(prefill.requests))
+        return chunk(prefill)
+
+    monkeypatch.setattr(client.runner, "_prefill_chunk", watched)
+    questions = [{"adapter": None, "text": text} for text in TEXTS]
+    expected = [client.base.text(None, text, 24) for text in TEXTS]
+    assert ask_together(client, questions, monkeypatch) == expected
+    assert prefills == [len(TEXTS)]
 
 
 def test_growing_past_a_block_of_the_cache(gemma_client: Client):
@@ -177,7 +231,7 @@ def is_idle(client: Client) -> bool:
 
 def test_gone_ends_a_request_that_runs(gemma_client: Client):
     gone = threading.Event()
-    chunks = gemma_client.chunks(None, "hello", 1500, gone)
+    chunks = gemma_client.chunks(None, ENDLESS, 1400, gone)
     next(chunks)
     gone.set()
     with pytest.raises(Cancelled):
@@ -185,25 +239,26 @@ def test_gone_ends_a_request_that_runs(gemma_client: Client):
     assert is_idle(gemma_client)
 
 
-def test_gone_ends_a_request_that_waits(gemma: Base, float32: None, monkeypatch: pytest.MonkeyPatch):
+def test_gone_ends_a_request_that_waits(gemma: Base, float32: None):
     client = Client(gemma, max_batch=1)
-    first = client.chunks(None, "hello", 1500)
+    first = client.chunks(None, ENDLESS, 1400)
     next(first)
     gone = threading.Event()
     gone.set()
     with pytest.raises(Cancelled):  # though the only place is taken
         client.ask(None, "one", gone=gone)
+    assert not is_idle(client)
     first.close()
     client.engine.close()
 
 
 def test_closing_the_iterator_frees_the_place(gemma: Base, float32: None):
     client = Client(gemma, max_batch=1)
-    chunks = client.chunks(None, "hello", 1500)
+    chunks = client.chunks(None, ENDLESS, 1400)
     next(chunks)
     chunks.close()
-    assert client.ask(None, "one", 3) == gemma.text(None, "one", 3)  # it waits for the only place
     assert is_idle(client)
+    assert client.ask(None, "one", 3) == gemma.text(None, "one", 3)  # in the only place
     client.engine.close()
 
 
@@ -245,7 +300,7 @@ def test_a_prefill_that_fails_leaves_the_running_alone(gemma_client: Client, mon
 
 def test_close_ends_what_runs_and_what_waits(gemma: Base, float32: None):
     client = Client(gemma, max_batch=1)
-    running = client.chunks(None, "hello", 1500)
+    running = client.chunks(None, ENDLESS, 1400)
     next(running)
     waiting: list[Any] = []
     thread = threading.Thread(target=lambda: waiting.extend(client.ask_all([{"adapter": None, "text": "a"}])))

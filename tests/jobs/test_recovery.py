@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,16 @@ LONG = job(epochs=60)  # 150 steps
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+def careful(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose worker makes a checkpoint at every step."""
+    with Server(tmp_path_factory.mktemp("careful"), tiny | EVERY_STEP) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def undisturbed(careful: Server) -> list[float]:
     """The losses of the job when nobody disturbs it."""
-    with Server(tmp_path_factory.mktemp("undisturbed"), tiny) as server:
-        return losses(server.finished(server.tune(LONG)))
+    return losses(careful.finished(careful.tune(LONG)))
 
 
 def workers(server: Server) -> list[int]:
@@ -42,24 +49,55 @@ def ended_well(server: Server, operation: dict[str, Any]) -> list[float]:
     return losses(done)
 
 
-def test_a_worker_killed_at_three_steps(tiny: dict[str, str], data_dir: Path, undisturbed: list[float]) -> None:
-    with Server(data_dir, tiny | EVERY_STEP) as server:
-        operation = server.tune(LONG)
-        for step in (3, 47, 101):
-            server.until(operation, reaches(step))
-            (worker,) = workers(server)
-            os.kill(worker, signal.SIGKILL)
-        assert ended_well(server, operation) == undisturbed
+def test_a_worker_killed_at_three_steps(careful: Server, undisturbed: list[float]) -> None:
+    operation = careful.tune(LONG)
+    for step in (3, 47, 101):
+        careful.until(operation, reaches(step))
+        (worker,) = workers(careful)
+        os.kill(worker, signal.SIGKILL)
+    assert ended_well(careful, operation) == undisturbed
 
 
-def test_a_worker_killed_before_its_first_checkpoint(
+def test_cancel_keeps_the_weights_so_far(careful: Server) -> None:
+    operation = careful.tune(LONG)
+    careful.until(operation, reaches(3))
+    assert careful.call("POST", f"{operation['name']}:cancel") == {}
+    done = careful.finished(operation)
+    assert done["error"]["code"] == 1
+    assert "response" not in done
+    name = done["metadata"]["tunedModel"]
+    assert 3 <= len(losses(done)) < 150
+    assert careful.call("GET", name)["state"] == "ACTIVE"
+    body = {"contents": [{"parts": [{"text": "1"}]}], "generationConfig": {"maxOutputTokens": 4}}
+    assert careful.call("POST", f"{name}:generateContent", body)["candidates"]
+
+
+def test_deleting_a_model_ends_its_job_and_leaves_nothing(careful: Server) -> None:
+    operation = careful.tune(LONG)
+    careful.until(operation, reaches(3))
+    name = operation["metadata"]["tunedModel"]
+    assert careful.call("DELETE", name) == {}
+    assert careful.call("GET", name, code=404)["error"]["message"] == f"Tuned model {name} does not exist."
+    careful.call("GET", operation["name"], code=404)
+    ended_well(careful, careful.tune(job("next")))  # the worker is free
+    left = careful.data_dir / "artifacts" / name
+    assert not left.exists() or not list(left.glob("*/*/manifest.json"))
+
+
+def test_without_a_checkpoint_a_job_starts_again(
     tiny: dict[str, str], data_dir: Path, undisturbed: list[float]
 ) -> None:
-    with Server(data_dir, tiny | {"TUNESMITH_CHECKPOINT_SECONDS": "1000"}) as server:
+    never = {"TUNESMITH_CHECKPOINT_SECONDS": "1000", "TUNESMITH_LEASE_SECONDS": "1000"}
+    server = Server(data_dir, tiny | never)
+    with server:
         operation = server.tune(LONG)
         server.until(operation, reaches(20))
         (worker,) = workers(server)
-        os.kill(worker, signal.SIGKILL)
+        os.kill(worker, signal.SIGKILL)  # the server, who sees it die, does not wait for the lease
+        assert ended_well(server, operation) == undisturbed
+        operation = server.tune(LONG)
+        server.until(operation, reaches(5))
+    with server:  # a server that stops puts its job back
         assert ended_well(server, operation) == undisturbed
 
 
@@ -75,17 +113,6 @@ def test_the_whole_server_killed(tiny: dict[str, str], data_dir: Path, undisturb
     assert ended_well(server, operation) == undisturbed
     ended_well(server, waiting)
     server.stop()
-
-
-def test_a_server_that_stops_puts_its_job_back(
-    tiny: dict[str, str], data_dir: Path, undisturbed: list[float]
-) -> None:
-    server = Server(data_dir, tiny | {"TUNESMITH_LEASE_SECONDS": "1000"})
-    with server:
-        operation = server.tune(LONG)
-        server.until(operation, reaches(5))
-    with server:  # no lease to wait for
-        assert ended_well(server, operation) == undisturbed
 
 
 def test_a_worker_that_froze_past_its_lease_is_replaced_and_leaves_the_job(
@@ -112,31 +139,3 @@ def idle_worker(server: Server, pids: list[int]) -> int:
     names = {pid: Path(f"/proc/{pid}/cmdline").read_text().split("--name\0")[1].split("\0")[0] for pid in pids}
     (idle,) = [pid for pid, name in names.items() if f"worker {name} claims job" not in log]
     return idle
-
-
-def test_cancel_keeps_the_weights_so_far(tiny: dict[str, str], data_dir: Path) -> None:
-    with Server(data_dir, tiny) as server:
-        operation = server.tune(LONG)
-        server.until(operation, reaches(3))
-        assert server.call("POST", f"{operation['name']}:cancel") == {}
-        done = server.finished(operation)
-        assert done["error"]["code"] == 1
-        assert "response" not in done
-        name = done["metadata"]["tunedModel"]
-        assert 3 <= len(losses(done)) < 150
-        assert server.call("GET", name)["state"] == "ACTIVE"
-        body = {"contents": [{"parts": [{"text": "1"}]}], "generationConfig": {"maxOutputTokens": 4}}
-        assert server.call("POST", f"{name}:generateContent", body)["candidates"]
-
-
-def test_deleting_a_model_ends_its_job_and_leaves_nothing(tiny: dict[str, str], data_dir: Path) -> None:
-    with Server(data_dir, tiny | EVERY_STEP) as server:
-        operation = server.tune(LONG)
-        server.until(operation, reaches(3))
-        name = operation["metadata"]["tunedModel"]
-        assert server.call("DELETE", name) == {}
-        assert server.call("GET", name, code=404)["error"]["message"] == f"Tuned model {name} does not exist."
-        server.call("GET", operation["name"], code=404)
-        ended_well(server, server.tune(job("next")))  # the worker is free
-        left = server.data_dir / "artifacts" / name
-        assert not left.exists() or not list(left.glob("*/*/manifest.json"))

@@ -241,8 +241,8 @@ class Runner:
         self._cache = KVCache(0, self.device)
 
     def _step(self) -> None:
-        self._probe()
         self._drop_ended()
+        self._probe()
         self._admit()
         self._prefill()
         self._drop_ended()

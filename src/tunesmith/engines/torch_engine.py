@@ -166,9 +166,7 @@ def _chunks(request: Request, text: TextStream) -> Iterator[Chunk]:
         if isinstance(event, ApiError):
             raise event
         if isinstance(event, Ended):
-            rest = text.flush()
-            reason = protos.Candidate.STOP if text.stopped else event.finish_reason
-            yield Chunk(rest, length, count, reason)
+            yield Chunk(text.flush(), length, count, event.finish_reason)
             return
         certain = text.push(event)
         if text.stopped:

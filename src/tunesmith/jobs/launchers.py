@@ -61,12 +61,12 @@ class LocalLauncher:
         for start in itertools.count():
             name = f"{socket.gethostname()}-{os.getpid()}-{number}-{start}"
             command = [sys.executable, "-m", "tunesmith", "worker", "--name", name, "--stop-with-stdin"]
-            process = subprocess.Popen([*command, *self._arguments], stdin=subprocess.PIPE)
-            self._processes[number] = process
-            if self._stopping.is_set():
-                process.terminate()
             started = time.monotonic()
-            code = process.wait()
+            with subprocess.Popen([*command, *self._arguments], stdin=subprocess.PIPE) as process:
+                self._processes[number] = process
+                if self._stopping.is_set():
+                    process.terminate()
+                code = process.wait()
             self._queue.release(name)  # nobody waits for the lease of a worker that is known to be dead
             del self._processes[number]
             if self._stopping.wait(backoff):

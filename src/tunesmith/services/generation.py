@@ -121,7 +121,9 @@ def _refuse_unimplemented(request: protos.GenerateContentRequest) -> None:
         "generation_config.candidate_count above 1": config.candidate_count > 1,
         "generation_config.response_mime_type": config.response_mime_type not in ("", "text/plain"),
         "generation_config.response_schema": config.HasField("response_schema"),
-        "generation_config.response_json_schema": config.HasField("response_json_schema"),
+        "generation_config.response_json_schema": (
+            config.HasField("response_json_schema") or config.HasField("response_json_schema_ordered")
+        ),
         "generation_config.presence_penalty": config.presence_penalty != 0,
         "generation_config.frequency_penalty": config.frequency_penalty != 0,
         "generation_config.response_logprobs": config.response_logprobs,
