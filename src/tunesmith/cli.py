@@ -336,6 +336,9 @@ def main() -> None:
     """Run a command; an expected error is a line, not a traceback."""
     from tunesmith.client import ClientError
 
+    # Read by torch's OpenMP when it is loaded. By default its threads spin while they wait for each other, and
+    # where another process wants a core too, a training step then takes fifty times as long.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         app()
     except ApiError as error:

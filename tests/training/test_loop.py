@@ -70,14 +70,14 @@ def test_gradients_are_pefts(base: Base, rows: list[Row]) -> None:
     with TuningRun(base, rows, hyperparameters(), seed=1) as run:
         with torch.no_grad():  # with B at 0, A would have no gradient to compare
             for layer in run.adapter.layers.values():
-                layer.lora_b.normal_(std=0.1, generator=torch.Generator().manual_seed(len(layer.lora_b)))
+                layer.b.normal_(std=0.1, generator=torch.Generator().manual_seed(len(layer.b)))
+        run.adapter.refresh()
         files = run.adapter.to_files(base.weights.model.id)
         (run._loss(rows) / 7).backward()
         ours = {
-            f"base_model.model.{path}.lora_{side}.default.weight": parameter.grad.clone()
+            f"base_model.model.{path}.lora_{side}.default.weight": gradient.clone()
             for path, layer in run.adapter.layers.items()
-            for side, parameter in (("A", layer.lora_a), ("B", layer.lora_b))
-            if parameter.grad is not None
+            for side, gradient in (("A", layer.a_gradient), ("B", layer.b_gradient))
         }
     model = _peft(base, files)
     for name, parameter in model.named_parameters():
@@ -150,6 +150,7 @@ def test_a_loss_that_is_no_number_ends_the_run(base: Base, rows: list[Row]) -> N
     with TuningRun(base, rows, hyperparameters(), seed=0) as run:
         with torch.no_grad():
             run.adapter.weights.fill_(float("nan"))
+        run.adapter.refresh()
         with pytest.raises(FailedPrecondition, match=r"step 1 is not a number.*learning rate below 0\.01"):
             list(run)
 

@@ -149,8 +149,8 @@ class TuningRun:
         for group in self._optimizer.param_groups:
             group["lr"] = self._given.learning_rate * (1 - self.step / self.total_steps)
         self._optimizer.step()
-        if self.adapter.weights.grad is not None:
-            self.adapter.weights.grad.zero_()  # in place: the layers' gradients are views of it
+        self.adapter.refresh()
+        self.adapter.gradient.zero_()
         return total
 
     def _loss(self, rows: Sequence[Row]) -> Tensor:
@@ -206,6 +206,7 @@ class TuningRun:
         self.step = int(tensors["steps"])
         with torch.no_grad():
             self.adapter.weights.copy_(tensors["weights"])
+        self.adapter.refresh()
         self._optimizer.state[self.adapter.weights] = {
             name.removeprefix("optimizer."): value.to(self._base.device)
             for name, value in tensors.items()
