@@ -18,7 +18,7 @@ from tunesmith.client import Client
 from tunesmith.config import Settings
 from tunesmith.terminal import fetch_weights
 
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.1
 
 
 def main(runs: int) -> None:
