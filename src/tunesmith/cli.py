@@ -41,8 +41,9 @@ def _option(field: str, *names: str) -> Any:
     default = setting.get_default(call_default_factory=True, validated_data={})
     return typer.Option(
         *(names or (f"--{field.replace('_', '-')}",)),
-        help=f"{setting.description} [env: TUNESMITH_{field.upper()}] [default: {default}]",
-        show_default=False,
+        help=setting.description,
+        envvar=f"TUNESMITH_{field.upper()}",
+        show_default=str(default),
     )
 
 
@@ -248,7 +249,7 @@ def tune(
     losses = [snapshot["meanLoss"] for snapshot in operation["metadata"]["snapshots"]]
     console.print(loss_curve(losses), highlight=False)
     tuned = operation["metadata"]["tunedModel"]
-    console.print(f"{tuned} is ACTIVE. Ask it:  tunesmith generate {tuned} TEXT", highlight=False)
+    console.print(f"{tuned} is ACTIVE. Ask it:  tunesmith generate {tuned} TEXT", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -339,6 +340,7 @@ def main() -> None:
     # Read by torch's OpenMP when it is loaded. By default its threads spin while they wait for each other, and
     # where another process wants a core too, a training step then takes fifty times as long.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own progress bars; ours are shown
     try:
         app()
     except ApiError as error:

@@ -68,7 +68,9 @@ HELD_OUT = {
 
 def run(console: Console, client: Client, url: str) -> bool:
     """Tune and ask; return whether the tutorial's two answers came out."""
-    console.print(f"[bold]Tuning[/]  POST {url}/v1beta/tunedModels, {len(EXAMPLES)} examples such as 3 → 4")
+    console.print(
+        f"[bold]Tuning[/]  POST {url}/v1beta/tunedModels, {len(EXAMPLES)} examples such as 3 → 4", soft_wrap=True
+    )
     operation = show_tuning(console, client.watch(client.tune(TUNED_MODEL)))
     if "error" in operation:
         raise ClientError(operation["error"]["message"])
@@ -76,7 +78,7 @@ def run(console: Console, client: Client, url: str) -> bool:
     console.print(loss_curve(losses), highlight=False)
     model = operation["metadata"]["tunedModel"]
     answers = {text: client.generate(model, text) for text in HELD_OUT}
-    console.print(f"\n[bold]Asking[/]  POST {url}/v1beta/{model}:generateContent")
+    console.print(f"\n[bold]Asking[/]  POST {url}/v1beta/{model}:generateContent", soft_wrap=True)
     console.print(_table(answers))
     right = sum(answers[text] == expected for text, expected in HELD_OUT.items())
     console.print(f"{right} of {len(HELD_OUT)} right. It saw digits and English words only; the tutorial's two:")
@@ -96,6 +98,7 @@ def say_what_next(console: Console, settings: Settings) -> None:
         f"  tunesmith generate tunedModels/… TEXT{data_dir}    ask a tuned model\n"
         "  README.md has the same with curl and with Python.",
         highlight=False,
+        soft_wrap=True,
     )
 
 

