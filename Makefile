@@ -4,13 +4,19 @@ PYTHON  ?= python3
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 
-.PHONY: demo test check format bench protos clean
+.PHONY: demo test test-clients notebooks check format bench protos clean
 
 demo: $(STAMP)            ## the tutorial, end to end, on real weights
 	$(BIN)/tunesmith demo
 
 test: $(STAMP)            ## the whole test suite
 	$(BIN)/pytest
+
+test-clients: $(STAMP)    ## drive every client; CHECK=1 fails when docs/compatibility.md is stale
+	$(BIN)/python tests/clients/run.py $(if $(CHECK),--check)
+
+notebooks: $(STAMP)       ## run the notebooks of examples/ from clean kernels and keep their outputs
+	$(BIN)/python tests/clients/notebooks.py $(if $(CHECK),--check)
 
 check: $(STAMP)           ## lint, format, types
 	$(BIN)/ruff check .

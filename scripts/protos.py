@@ -1,9 +1,10 @@
 """Compile Google's official protos into the committed descriptor set and write its type stub.
 
 The `.proto` files come from Google's npm package (Apache-2.0); the common ones (google/api, google/rpc,
-google/longrunning) from googleapis-common-protos.
+google/longrunning) from googleapis-common-protos. Two of the files are changed on the way; `shadow` says how.
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from grpc_tools import protoc
 
 NPM_PACKAGE = "@google-ai/generativelanguage@3.7.1"
 API = "google/ai/generativelanguage/v1beta"
+ALPHA = "google/ai/generativelanguage/v1alpha"
 SERVICES = (
     "model_service",
     "permission_service",
@@ -31,6 +33,9 @@ SERVICES = (
     "prediction_service",
 )
 COMMON = ("google/rpc/status.proto", "google/rpc/error_details.proto", "google/rpc/code.proto")
+
+# Conversations as training data, which v1alpha alone declares: served under every version.
+MULTITURN = ("TuningExamples", "TuningPart", "TuningContent", "TuningMultiturnExample")
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / ".proto-build"
@@ -50,15 +55,11 @@ def main() -> int:
     """Fetch, compile, write `descriptors.binpb` and `__init__.pyi`."""
     official = fetch()
     common = Path(operations_pb2.__file__).parent.parent.parent
-    # The official files import google/longrunning/operations.proto, which googleapis-common-protos ships
-    # under the name operations_proto.proto.
-    shadow = BUILD / "shadow/google/longrunning"
-    shadow.mkdir(parents=True, exist_ok=True)
-    shutil.copy(common / "google/longrunning/operations_proto.proto", shadow / "operations.proto")
+    changed = shadow(official, common)
     well_known = Path(str(files("grpc_tools"))) / "_proto"
     arguments = [
         "protoc",
-        *(f"-I{path}" for path in (BUILD / "shadow", official, common, well_known)),
+        *(f"-I{path}" for path in (changed, official, common, well_known)),
         "--include_imports",
         f"--descriptor_set_out={PACKAGE / 'descriptors.binpb'}",
         *(f"{API}/{service}.proto" for service in SERVICES),
@@ -70,6 +71,33 @@ def main() -> int:
     descriptors = descriptor_pb2.FileDescriptorSet.FromString((PACKAGE / "descriptors.binpb").read_bytes())
     (PACKAGE / "__init__.pyi").write_text("\n".join(stub(descriptors)) + "\n")
     return 0
+
+
+def shadow(official: Path, common: Path) -> Path:
+    """Return a folder whose files protoc takes instead of the official ones of the same names.
+
+    The official files import google/longrunning/operations.proto, which googleapis-common-protos ships under
+    the name operations_proto.proto. And v1beta's TuningExamples becomes v1alpha's, which holds conversations
+    too, with the messages that it needs.
+    """
+    folder = BUILD / "shadow"
+    operations, tuned_model = folder / "google/longrunning/operations.proto", folder / API / "tuned_model.proto"
+    for path in (operations, tuned_model):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(common / "google/longrunning/operations_proto.proto", operations)
+    beta, alpha = (official / version / "tuned_model.proto" for version in (API, ALPHA))
+    text = beta.read_text("utf-8")
+    wanted = "\n\n".join(message_text(alpha.read_text("utf-8"), name) for name in MULTITURN)
+    tuned_model.write_text(text.replace(message_text(text, "TuningExamples"), wanted), "utf-8")
+    return folder
+
+
+def message_text(proto: str, name: str) -> str:
+    """Return the text of a top-level message of a .proto file, its comment included."""
+    found = re.search(rf"(^//.*\n)*^message {name} {{\n(.*\n)*?^}}$", proto, re.MULTILINE)
+    if found is None:
+        raise ValueError(f"the .proto file has no message {name}")
+    return found[0]
 
 
 def fetch() -> Path:

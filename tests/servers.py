@@ -2,6 +2,7 @@
 
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from tiny import tiny_cache
 
 EXAMPLES = [{"text_input": str(n), "output": str(n + 1)} for n in range(1, 11)]
 TIMEOUT = 60.0  # seconds, for what takes a few
+FREE_PORTS = ("--port", "0", "--grpc-port", "0")
 
 
 def tiny_catalog(path: Path) -> dict[str, str]:
@@ -42,10 +44,11 @@ def job(name: str = "counts", epochs: int = 2, batch: int = 4, **fields: Any) ->
 class Server:
     """A `tunesmith serve` on a free port of the loopback interface; ends with the block."""
 
-    def __init__(self, data_dir: Path, environment: dict[str, str], *options: str) -> None:
+    def __init__(self, data_dir: Path, environment: dict[str, str], *options: str, ca: Path | None = None) -> None:
         self.data_dir = data_dir
         self.environment = {**os.environ, "PYTHONWARNINGS": "default", **environment}
         self._options = options
+        self._verify = ssl.create_default_context(cafile=ca)
 
     def __enter__(self) -> Self:
         self.start()
@@ -58,7 +61,7 @@ class Server:
         """Start it and wait for the line that names its address."""
         self.log = (self.data_dir.parent / f"{self.data_dir.name}.log").open("a")
         self.process = subprocess.Popen(
-            [*command("serve"), "--port", "0", "--stop-with-stdin", *self.where(), *self._options],
+            [*command("serve"), *FREE_PORTS, "--stop-with-stdin", *self.where(), *self._options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -70,11 +73,15 @@ class Server:
         for line in self.process.stdout:
             if line.startswith("Tunesmith serves "):
                 self.url = line.split()[-1]
+            elif line.startswith("  gRPC "):
+                self.grpc = line.split()[1]
                 break
         else:
             raise AssertionError(f"the server did not start: {Path(self.log.name).read_text()}")
         token = self.run("token", "admin@localhost").strip()
-        self.http = httpx2.Client(base_url=self.url, headers={"authorization": f"Bearer {token}"}, timeout=TIMEOUT)
+        self.http = httpx2.Client(
+            base_url=self.url, headers={"authorization": f"Bearer {token}"}, timeout=TIMEOUT, verify=self._verify
+        )
 
     def stop(self) -> None:
         """End it as an operator would."""

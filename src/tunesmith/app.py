@@ -4,6 +4,7 @@ import logging
 import secrets
 import signal
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Self
 
 from tunesmith.auth.accounts import Accounts
 from tunesmith.auth.api_keys import ApiKeys
+from tunesmith.auth.groups import Groups
+from tunesmith.auth.projects import Projects
 from tunesmith.auth.tokens import AccessTokens
 from tunesmith.auth.verifiers import OwnTokens, Verifier
 from tunesmith.base_models.catalog import Catalog
@@ -23,8 +26,7 @@ from tunesmith.store.database import Database
 from tunesmith.store.sweep import sweep
 
 if TYPE_CHECKING:
-    from starlette.applications import Starlette
-
+    from tunesmith.api.dispatch import Dispatcher
     from tunesmith.engines.base import Engine
 
 FIRST_ACCOUNT = "admin@localhost"
@@ -45,6 +47,8 @@ class Parts:
     artifacts: ArtifactStore
     catalog: Catalog
     accounts: Accounts
+    groups: Groups
+    projects: Projects
     tokens: AccessTokens
     keys: ApiKeys
     queue: JobQueue
@@ -61,38 +65,52 @@ class Parts:
             ArtifactStore(settings.artifacts),
             Catalog.load(settings),
             Accounts(database),
+            Groups(database),
+            Projects(database),
             AccessTokens(database),
             ApiKeys(database),
             JobQueue(database, settings.lease_seconds),
         )
 
 
-def rest(parts: Parts, engine: "Engine", ready: Callable[[], bool]) -> "Starlette":
-    """Return the REST app: store -> auth -> services -> dispatch -> routes."""
+def dispatcher(parts: Parts, engine: "Engine") -> "Dispatcher":
+    """Return what runs the calls of every transport: store -> auth -> services -> dispatch."""
     from tunesmith.api.dispatch import Dispatcher
-    from tunesmith.api.rest_server import rest_app
     from tunesmith.services.generation import GenerativeService
     from tunesmith.services.models import ModelService
     from tunesmith.services.operations import Operations
+    from tunesmith.services.permissions import PermissionService
+    from tunesmith.services.text import TextService
 
     settings, database = parts.settings, parts.database
     services = {
         f"{V1BETA}.ModelService": ModelService(database, parts.artifacts, parts.catalog, settings.seed),
+        f"{V1BETA}.PermissionService": PermissionService(database),
         f"{V1BETA}.GenerativeService": GenerativeService(database, engine, parts.catalog, settings.cache_dir),
+        f"{V1BETA}.TextService": TextService(database, engine, parts.catalog),
         "google.longrunning.Operations": Operations(database),
     }
-    dispatcher = Dispatcher(services, Verifier(parts.keys, OwnTokens(parts.tokens)))
-    return rest_app(dispatcher, max_body_bytes=settings.max_body_bytes, ready=ready)
+    return Dispatcher(services, Verifier(parts.keys, OwnTokens(parts.tokens)))
 
 
 def serve(settings: Settings, stop_with_stdin: bool = False) -> None:
     """Serve the API, with local workers, until SIGINT or SIGTERM."""
     import uvicorn
 
+    from tunesmith.api.grpc_server import GrpcServer
+    from tunesmith.api.metrics import CallMetrics
+    from tunesmith.api.rest_server import rest_app
     from tunesmith.engines.torch_engine import TorchEngine
     from tunesmith.jobs.launchers import LocalLauncher
 
+    tls = _tls(settings)
     listener = _listen(settings.host, settings.port)
+    grpc = GrpcServer(
+        settings.host,
+        settings.grpc_port,
+        max_message_bytes=settings.max_body_bytes,
+        key_and_certificates=tls,
+    )
     parts = Parts.open(settings)
     password_file = first_account(parts)
     sweep(parts.database, parts.artifacts)
@@ -103,24 +121,41 @@ def serve(settings: Settings, stop_with_stdin: bool = False) -> None:
         max_batch=settings.max_batch,
         loaded_adapters=settings.loaded_adapters,
     )
-    loaded = threading.Event()
+    calls, metrics, loaded = dispatcher(parts, engine), CallMetrics(), threading.Event()
     launcher = LocalLauncher(settings.workers, _worker_arguments(settings), parts.queue)
     launcher.start()
-    threading.Thread(target=_preload, args=(parts, engine, loaded), name="preload", daemon=True).start()
+
+    def preload() -> None:
+        _preload(parts, engine)
+        loaded.set()
+        grpc.ready()
+
+    threading.Thread(target=preload, name="preload", daemon=True).start()
+    grpc.start(calls, metrics)
     server = uvicorn.Server(
         uvicorn.Config(
-            rest(parts, engine, loaded.is_set),
+            rest_app(
+                calls,
+                max_body_bytes=settings.max_body_bytes,
+                ready=loaded.is_set,
+                metrics=metrics,
+                cors_origins=[origin.strip() for origin in settings.cors_origins.split(",")],
+            ),
             log_config=None,
             access_log=False,
             lifespan="off",
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
         )
     )
     if stop_with_stdin:
         on_end_of_stdin(lambda: setattr(server, "should_exit", True))
     host, port = listener.getsockname()[:2]
-    print(f"Tunesmith serves http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    scheme = "https" if tls else "http"
+    print(f"Tunesmith serves {scheme}://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    print(f"  gRPC    {grpc.address}{' with TLS' if tls else ''}")
     print(f"  data    {settings.data_dir}")
     if password_file:
         print(f"  account {FIRST_ACCOUNT}; its password is in {password_file}")
@@ -128,6 +163,7 @@ def serve(settings: Settings, stop_with_stdin: bool = False) -> None:
     try:
         server.run(sockets=[listener])
     finally:
+        grpc.stop(SHUTDOWN_SECONDS)
         launcher.stop()
         engine.close()
         parts.database.close()
@@ -169,20 +205,42 @@ def on_end_of_stdin(act: Callable[[], object]) -> None:
     threading.Thread(target=wait, name="stdin", daemon=True).start()
 
 
-def _preload(parts: Parts, engine: "Engine", loaded: threading.Event) -> None:
+def _preload(parts: Parts, engine: "Engine") -> None:
     """Load the default base model before the first request needs it."""
     from tunesmith.base_models import weights
 
     if weights.find(parts.catalog.default, parts.settings.cache_dir):
         engine.preload(parts.catalog.default)
-    loaded.set()
+
+
+def _tls(settings: Settings) -> tuple[bytes, bytes] | None:
+    """Return the key and the certificates to serve with; None to serve without TLS.
+
+    Raises:
+        OSError: The files cannot be read, or do not belong together.
+    """
+    certificate, key = settings.ssl_certfile, settings.ssl_keyfile
+    if certificate is None or key is None:
+        return None
+    private, public = key.read_bytes(), certificate.read_bytes()
+    try:
+        # With a password at hand, so that an encrypted key is refused instead of asked about.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except ssl.SSLError as error:
+        raise OSError(
+            f"{certificate} and {key} are not a certificate in PEM and its unencrypted key: {error}"
+        ) from error
+    return private, public
 
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((host, port))
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from error
     return listener
 
 

@@ -29,7 +29,11 @@ app = typer.Typer(
 )
 accounts = typer.Typer(help="The people who may call the API.", no_args_is_help=True)
 api_key = typer.Typer(help="API keys, shown once when they are made.", no_args_is_help=True)
+groups = typer.Typer(help="People with whom tuned models are shared at once.", no_args_is_help=True)
+projects = typer.Typer(help="Projects, which may read the tuned models that list them.", no_args_is_help=True)
 app.add_typer(accounts, name="accounts")
+app.add_typer(groups, name="groups")
+app.add_typer(projects, name="projects")
 app.add_typer(api_key, name="api-key")
 
 console = Console()
@@ -60,6 +64,9 @@ Token = Annotated[
         help="An access token; left out, one is made when this machine has the server's data dir.",
     ),
 ]
+GroupEmail = Annotated[str, typer.Argument(metavar="GROUP", help="Its e-mail address, such as team@example.com.")]
+ProjectName = Annotated[str, typer.Argument(metavar="PROJECT", help="Its id or its number.")]
+Members = Annotated[list[str], typer.Argument(metavar="EMAIL...", help="The accounts.")]
 LOCAL = "http://127.0.0.1:8080"
 DAY = 86_400  # seconds
 
@@ -68,6 +75,9 @@ DAY = 86_400  # seconds
 def serve(
     host: Annotated[str | None, _option("host")] = None,
     port: Annotated[int | None, _option("port")] = None,
+    grpc_port: Annotated[int | None, _option("grpc_port")] = None,
+    ssl_certfile: Annotated[Path | None, _option("ssl_certfile")] = None,
+    ssl_keyfile: Annotated[Path | None, _option("ssl_keyfile")] = None,
     data_dir: DataDir = None,
     cache_dir: CacheDir = None,
     workers: Annotated[int | None, _option("workers")] = None,
@@ -80,6 +90,9 @@ def serve(
     settings = Settings.load(
         host=host,
         port=port,
+        grpc_port=grpc_port,
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
         data_dir=data_dir,
         cache_dir=cache_dir,
         workers=workers,
@@ -190,6 +203,75 @@ def disable_account(email: str, data_dir: DataDir = None) -> None:
     print(f"Disabled {email}.")
 
 
+@groups.command("create")
+def create_group(group: GroupEmail, data_dir: DataDir = None) -> None:
+    """Make a group."""
+    _parts(data_dir).groups.create(group)
+    print(f"Made the group {group}. Put people in it: tunesmith groups add {group} EMAIL")
+
+
+@groups.command("list")
+def list_groups(data_dir: DataDir = None) -> None:
+    """List the groups, each with its members."""
+    for group, members in _parts(data_dir).groups.list().items():
+        print(f"{group}  {', '.join(members) or 'nobody'}")
+
+
+@groups.command("add")
+def add_to_group(group: GroupEmail, accounts: Members, data_dir: DataDir = None) -> None:
+    """Put accounts into a group."""
+    _parts(data_dir).groups.add(group, accounts)
+    print(f"{', '.join(accounts)} may now do what {group} may.")
+
+
+@groups.command("remove")
+def remove_from_group(group: GroupEmail, accounts: Members, data_dir: DataDir = None) -> None:
+    """Take accounts out of a group."""
+    _parts(data_dir).groups.remove(group, accounts)
+    print(f"Took {', '.join(accounts)} out of {group}.")
+
+
+@groups.command("delete")
+def delete_group(group: GroupEmail, data_dir: DataDir = None) -> None:
+    """Delete a group, and what is shared with it."""
+    _parts(data_dir).groups.delete(group)
+    print(f"Deleted the group {group}.")
+
+
+@projects.command("create")
+def create_project(
+    project: Annotated[str, typer.Argument(help="Its id, such as my-project-id.")],
+    number: Annotated[
+        int | None, typer.Option(help="Its number, if models name one already; left out, one is made.")
+    ] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Make a project and print its number, which goes into a tuned model's readerProjectNumbers."""
+    print(_parts(data_dir).projects.create(project, number))
+    print(f"Made the project {project}. Put people in it: tunesmith projects add {project} EMAIL", file=sys.stderr)
+
+
+@projects.command("list")
+def list_projects(data_dir: DataDir = None) -> None:
+    """List the projects, each with its number and its members."""
+    for project, members in _parts(data_dir).projects.list():
+        print(f"{project.id}  {project.number}  {', '.join(members) or 'nobody'}")
+
+
+@projects.command("add")
+def add_to_project(project: ProjectName, accounts: Members, data_dir: DataDir = None) -> None:
+    """Put accounts into a project."""
+    _parts(data_dir).projects.add(project, accounts)
+    print(f"{', '.join(accounts)} may read what {project} may, with the header x-goog-user-project: {project}")
+
+
+@projects.command("remove")
+def remove_from_project(project: ProjectName, accounts: Members, data_dir: DataDir = None) -> None:
+    """Take accounts out of a project."""
+    _parts(data_dir).projects.remove(project, accounts)
+    print(f"Took {', '.join(accounts)} out of {project}.")
+
+
 @api_key.command("create")
 def create_key(email: str, data_dir: DataDir = None) -> None:
     """Make an API key and print it, this once."""
@@ -254,7 +336,7 @@ def tune(
 
 @app.command()
 def models(url: Url = LOCAL, token: Token = None, data_dir: DataDir = None) -> None:
-    """List your tuned models."""
+    """List the tuned models that are yours or shared with you."""
     from tunesmith.terminal import tuned_models_table
 
     with _client(url, token, Settings.load(data_dir=data_dir)) as client:
@@ -297,6 +379,8 @@ def doctor(
     if fetch:
         fetch_weights(console, catalog.get(f"models/{fetch.removeprefix('models/')}"), settings.cache_dir)
     table = Table(box=None, pad_edge=False, show_header=False)
+    for _ in ("mark", "what", "found"):
+        table.add_column(overflow="fold")
     findings = list(machine.examine(settings, catalog))
     for finding in findings:
         mark = "[green]✓[/]" if finding.fine else "[yellow]![/]"

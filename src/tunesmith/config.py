@@ -2,9 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -28,6 +28,14 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8080, ge=0, le=65535, description="REST port; 0 takes a free one.")
+    grpc_port: int = Field(8081, ge=0, le=65535, description="gRPC port; 0 takes a free one.")
+    ssl_certfile: Path | None = Field(
+        None, description="Certificate chain in PEM: REST and gRPC are then served over TLS only."
+    )
+    ssl_keyfile: Path | None = Field(None, description="The certificate's private key in PEM.")
+    cors_origins: str = Field(
+        "*", description="Origins of web pages whose scripts may call, separated by commas; * for all."
+    )
     data_dir: Path = Field(
         default_factory=lambda: _xdg("XDG_DATA_HOME", ".local/share"),
         description="Where accounts, models, jobs and adapters live.",
@@ -60,6 +68,12 @@ class Settings(BaseSettings):
     def _absolute(cls, path: Path) -> Path:
         return path.expanduser().absolute()
 
+    @model_validator(mode="after")
+    def _key_with_certificate(self) -> Self:
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("ssl_certfile and ssl_keyfile go together: set both, or neither")
+        return self
+
     @property
     def database(self) -> str:
         """The SQLAlchemy URL of the database."""
@@ -85,5 +99,14 @@ class Settings(BaseSettings):
 
     @classmethod
     def load(cls, **given: Any) -> "Settings":
-        """Return the settings; a None in `given` means not given."""
-        return cls(**{name: value for name, value in given.items() if value is not None})
+        """Return the settings; a None in `given` means not given.
+
+        Raises:
+            ValueError: Names every setting that is wrong.
+        """
+        try:
+            return cls(**{name: value for name, value in given.items() if value is not None})
+        except ValidationError as error:
+            wrong = [(".".join(map(str, one["loc"])), one["msg"]) for one in error.errors()]
+            told = [f"{name}: {why}" if name else why.removeprefix("Value error, ") for name, why in wrong]
+            raise ValueError("; ".join(told)) from error

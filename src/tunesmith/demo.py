@@ -107,7 +107,7 @@ def server(settings: Settings) -> Iterator[str]:
     """A server of our own on a free port; yields its URL. It ends with the block, or with this process."""
     log = settings.data_dir / "demo.log"
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "tunesmith", "serve", "--port", "0", "--stop-with-stdin"]
+    command = [sys.executable, "-m", "tunesmith", "serve", "--port", "0", "--grpc-port", "0", "--stop-with-stdin"]
     command += ["--data-dir", str(settings.data_dir), "--cache-dir", str(settings.cache_dir)]
     with log.open("w") as errors:
         process = subprocess.Popen(

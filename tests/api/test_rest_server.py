@@ -1,7 +1,10 @@
 import asyncio
+import gzip
 import json
 import threading
 import time
+import tracemalloc
+from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -11,6 +14,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from api.stand_ins import MAX_BODY, PREFIX, Backend
+from tunesmith import protos
 from tunesmith.caller import Credentials
 
 HI = {"contents": {"parts": {"text": "hi"}}}
@@ -59,7 +63,7 @@ def test_headers_of_an_answer(client: TestClient):
     response = client.get("/v1beta/tunedModels")
     assert response.text == "{}\n"
     assert response.headers["content-type"] == "application/json; charset=UTF-8"
-    assert response.headers["vary"] == "X-Origin, Referer"
+    assert response.headers["vary"].startswith("X-Origin, Referer")
     assert response.headers["content-length"] == "3"
 
 
@@ -101,7 +105,167 @@ def test_compresses_large_answers_for_those_who_take_it(client: TestClient):
     assert "content-encoding" not in client.post(ASK, json=HI, headers={"accept-encoding": "gzip"}).headers
 
 
+# Partial responses and other forms
+
+
+def test_partial_responses(client: TestClient):
+    client.post("/v1beta/tunedModels?tunedModelId=x", json={"displayName": "d", "topK": 3})
+    assert client.get("/v1beta/tunedModels/x?fields=name,top_k").json() == {"name": "tunedModels/x", "topK": 3}
+    assert client.get("/v1beta/tunedModels?$fields=tunedModels(displayName)").json() == {
+        "tunedModels": [{"displayName": "d"}]
+    }
+    headers = {"x-goog-fieldmask": "tunedModels.name"}
+    response = client.get("/v1beta/tunedModels", headers=headers)
+    assert response.json() == {"tunedModels": [{"name": "tunedModels/x"}]}
+    assert len(client.get("/v1beta/tunedModels?fields=*").json()["tunedModels"][0]) > 2
+    operation = client.get("/v1/tunedModels/x/operations/y?fields=name,response/state").json()
+    assert operation == {
+        "name": "tunedModels/x/operations/y",
+        "response": {
+            "@type": "type.googleapis.com/google.ai.generativelanguage.v1beta.TunedModel",
+            "state": "ACTIVE",
+        },
+    }
+
+
+@pytest.mark.parametrize("query", ["", "&alt=sse"])
+def test_partial_responses_of_streams(client: TestClient, query: str):
+    response = client.post(f"{STREAM}?fields=candidates/content/parts/text{query}", content=PROMPT % "a")
+    assert response.text.count('"text"') == 3
+    assert "finishReason" not in response.text
+    response = client.post(f"{STREAM}?fields=candidates/index{query}", content=PROMPT % "fail")
+    assert response.text.count('"index"') == 1
+    assert "The model went away." in response.text
+
+
+def test_protobuf_in_and_out(client: TestClient, backend: Backend):
+    model = protos.TunedModel(display_name="d", top_k=3)
+    response = client.post(
+        "/v1beta/tunedModels?tunedModelId=x&alt=proto",
+        content=model.SerializeToString(),
+        headers={"content-type": "application/x-protobuf"},
+    )
+    assert response.headers["content-type"] == "application/x-protobuf"
+    assert protos.Operation.FromString(response.content).name == "tunedModels/x/operations/one"
+    assert backend.models.models["tunedModels/x"].display_name == "d"
+    partial = client.get("/v1beta/tunedModels/x?alt=proto&fields=topK")
+    assert protos.TunedModel.FromString(partial.content) == protos.TunedModel(top_k=3)
+    error = client.get("/v1beta/tunedModels/y?alt=proto")
+    assert error.status_code == 404
+    assert protos.Status.FromString(error.content).code == 5
+
+
+def test_a_path_wins_over_a_protobuf_body(client: TestClient, backend: Backend):
+    request = protos.GenerateContentRequest(model="tunedModels/other")
+    request.contents.add().parts.add(text="hi")
+    headers = {"content-type": "application/x-protobuf; charset=binary"}
+    assert client.post(ASK, content=request.SerializeToString(), headers=headers).status_code == 200
+    assert backend.generative.requests[0].model == "tunedModels/x"
+    message = error_of(client.post(ASK, content=b"\xff", headers=headers), 400)["message"]
+    assert message == f"The body is not an encoded {PREFIX}GenerateContentRequest."
+
+
+def stream_body(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """The fields of a google.rpc.StreamBody: 1 is a message, 2 the Status that ends it."""
+    at = 0
+    while at < len(data):
+        tag, at = data[at], at + 1
+        length = shift = 0
+        while True:
+            byte, at = data[at], at + 1
+            length |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                break
+        yield tag >> 3, data[at : at + length]
+        at += length
+
+
+def test_a_stream_in_protobuf(client: TestClient):
+    response = client.post(f"{STREAM}?alt=proto", content=PROMPT % ("a" * 300))
+    assert response.headers["content-type"] == "application/x-protobuf"
+    parts = list(stream_body(response.content))
+    assert [number for number, _ in parts] == [1, 1, 1]
+    texts = [
+        protos.GenerateContentResponse.FromString(part).candidates[0].content.parts[0].text for _, part in parts
+    ]
+    assert texts == [f"{'a' * 300} {number}" for number in range(3)]
+    (_, _), (number, status) = stream_body(client.post(f"{STREAM}?alt=proto", content=PROMPT % "fail").content)
+    assert (number, protos.Status.FromString(status).message) == (2, "The model went away.")
+
+
+# Browsers
+
+
+@pytest.mark.parametrize("method", ["POST", "PATCH", "DELETE"])
+def test_preflight(client: TestClient, method: str):
+    response = client.options(
+        "/v1beta/tunedModels/x",
+        headers={
+            "origin": "https://a.example",
+            "access-control-request-method": method,
+            "access-control-request-headers": "authorization,content-type,x-goog-api-key,x-goog-api-client",
+        },
+    )
+    assert response.status_code == 200
+    assert response.headers["access-control-allow-origin"] == "*"
+    assert method in response.headers["access-control-allow-methods"]
+    assert "x-goog-api-key" in response.headers["access-control-allow-headers"]
+    assert "access-control-allow-credentials" not in response.headers
+
+
+def test_scripts_may_read_answers_and_errors(client: TestClient):
+    headers = {"origin": "https://a.example"}
+    for path in ("/v1beta/tunedModels", "/v1beta/tunedModels/x", "/openapi.json"):
+        response = client.get(path, headers=headers)
+        assert response.headers["access-control-allow-origin"] == "*"
+        assert "www-authenticate" in response.headers["access-control-expose-headers"]
+    assert client.post(STREAM, content=PROMPT % "a", headers=headers).headers["access-control-allow-origin"] == "*"
+
+
+def test_only_the_origins_that_are_set(backend: Backend):
+    app = backend.app(cors_origins=["https://a.example"])
+    with TestClient(app, headers={"authorization": "Bearer good"}) as client:
+        mine = client.get("/v1beta/tunedModels", headers={"origin": "https://a.example"})
+        other = client.get("/v1beta/tunedModels", headers={"origin": "https://b.example"})
+    assert mine.headers["access-control-allow-origin"] == "https://a.example"
+    assert "Origin" in mine.headers["vary"]
+    assert "access-control-allow-origin" not in other.headers
+
+
 # What comes in
+
+
+def test_takes_gzip(client: TestClient):
+    body = (PROMPT % "hi").encode()
+    for content in (gzip.compress(body), gzip.compress(body[:9]) + gzip.compress(body[9:])):
+        response = client.post(ASK, content=content, headers={"content-encoding": "gzip"})
+        assert response.json()["candidates"][0]["content"]["parts"] == [{"text": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding", "message"),
+    [
+        (b"{}", "gzip", "The body is not gzip, though its Content-Encoding says so."),
+        (gzip.compress(b"{}")[:-4], "gzip", "The body is not gzip, though its Content-Encoding says so."),
+        (b"{}", "br", 'Content-Encoding "br" is not known here: send gzip, or no encoding.'),
+        (
+            gzip.compress(bytes(50_000_000)),
+            "gzip",
+            f"Request payload size exceeds the limit: {MAX_BODY} bytes.",
+        ),
+    ],
+)
+def test_refuses_what_is_no_gzip_or_a_bomb(
+    client: TestClient, backend: Backend, content: bytes, encoding: str, message: str
+):
+    tracemalloc.start()
+    response = client.post(ASK, content=content, headers={"content-encoding": encoding})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert error_of(response, 400)["message"] == message
+    assert peak < 10_000_000, "it was decompressed before it was refused"
+    assert backend.generative.requests == []
 
 
 @pytest.mark.parametrize(
@@ -211,6 +375,13 @@ def test_cancel_takes_no_body_and_an_empty_one(client: TestClient, backend: Back
     assert {request.name for request in backend.operations.requests} == {"tunedModels/x/operations/y"}
 
 
+def test_cancel_by_the_models_name(client: TestClient, backend: Backend):
+    for body in (b"", b"{}"):
+        response = client.post("/v1/tunedModels/x:cancel", content=body)
+        assert (response.status_code, response.text) == (200, "{}\n")
+    assert [request.name for request in backend.operations.requests] == ["tunedModels/x"] * 2
+
+
 def test_litellms_alias_and_count_tokens(client: TestClient, backend: Backend):
     assert client.post("/v1beta/models/tunedModels/x:generateContent", json=HI).status_code == 200
     assert client.post("/v1beta/tunedModels/x:countTokens", json=HI).json() == {"totalTokens": 7}
@@ -245,6 +416,8 @@ def test_head_and_options(client: TestClient):
     [
         ("GET", "/v1beta/nothing", "", 404, "There is nothing at /v1beta/nothing."),
         ("GET", "/", "", 404, "There is nothing at /."),
+        ("GET", "/v1beta/tunedModels/%0Ax", "", 404, "Tuned model tunedModels/\nx does not exist."),
+        ("GET", "/docs/", "", 404, "There is nothing at /docs/."),
         (
             "PUT",
             "/v1beta/tunedModels/x",
@@ -254,23 +427,22 @@ def test_head_and_options(client: TestClient):
         ),
         ("GET", "/v1beta/tunedModels/x", "", 404, "Tuned model tunedModels/x does not exist."),
         ("GET", "/v1beta/files", "", 501, f"{PREFIX}FileService.ListFiles is not implemented by this server."),
-        ("GET", "/v1beta/tunedModels?alt=proto", "", 501, "alt=proto is not implemented by this server."),
-        ("GET", "/v1beta/tunedModels?alt=media", "", 501, "alt=media is not implemented by this server."),
+        (
+            "GET",
+            "/v1beta/tunedModels?alt=media",
+            "",
+            400,
+            "alt=media is for downloads of files; this method answers with a message.",
+        ),
         (
             "GET",
             "/v1beta/tunedModels?alt=xml",
             "",
             400,
-            'Invalid value "xml" for parameter alt: expected json or sse.',
+            'Invalid value "xml" for parameter alt: expected json, sse or proto.',
         ),
         ("GET", "/v1beta/tunedModels?alt=sse", "", 400, "alt=sse is for streams; ListTunedModels answers once."),
-        (
-            "GET",
-            "/v1beta/tunedModels?fields=name",
-            "",
-            501,
-            "Partial responses (fields, X-Goog-FieldMask) are not implemented by this server.",
-        ),
+        ("GET", "/v1beta/tunedModels?fields=name", "", 400, "Invalid field selection name"),
         (
             "GET",
             "/v1beta/tunedModels?callback=f",
@@ -332,9 +504,12 @@ def test_field_violations_are_in_the_details(client: TestClient):
     ]
 
 
-def test_the_header_that_means_fields(client: TestClient):
-    assert client.get("/v1beta/tunedModels", headers={"x-goog-fieldmask": "name"}).status_code == 501
-    assert client.get("/v1beta/tunedModels?fields=*").status_code == 200
+def test_a_bad_selection_is_refused_before_anything_is_done(client: TestClient, backend: Backend):
+    error = error_of(client.post("/v1beta/tunedModels?fields=name,foo/bar", json={}), 400)
+    assert error["message"] == "Invalid field selection foo"
+    (violation,) = error["details"][0]["fieldViolations"]
+    assert violation["field"] == "foo"
+    assert backend.models.models == {}
 
 
 def test_a_fault_of_ours_is_a_500_without_secrets(client: TestClient, caplog: pytest.LogCaptureFixture):

@@ -327,3 +327,95 @@ def test_bfloat16_answers_as_transformers_does(base: Base, monkeypatch: pytest.M
     expected = tiny.mean_logprob(base.reference, tokens, 10)
     assert client.runner.logprob(tokens, 10, None) == pytest.approx(expected, abs=0.15)
     client.engine.close()
+
+
+def test_candidates_are_what_their_seeds_give_alone(client: Client):
+    alone = [client.ask("one", "hello", seed=seed, **SAMPLED) for seed in (7, 8, 9, 10)]
+    chunks = list(client.chunks("one", "hello", seed=7, candidates=4, **SAMPLED))
+    together = ["", "", "", ""]
+    for chunk in chunks:
+        together[chunk.index] += chunk.text
+    assert together == alone
+    ends = {chunk.index: chunk for chunk in chunks if chunk.finish_reason}
+    assert sorted(ends) == [0, 1, 2, 3]
+    assert [chunk for chunk in chunks if chunk.index == 2][-1] is ends[2]  # nothing after a candidate's end
+    order = [chunk.index for chunk in chunks]
+    assert order != sorted(order)  # they come as they are made
+
+
+def test_a_candidate_that_meets_a_stop_sequence_ends_alone(gemma_client: Client):
+    options = {"seed": 7, "candidates": 4, **SAMPLED}
+    whole = ["", "", "", ""]
+    for chunk in gemma_client.chunks("one", "hello", 40, **options):
+        whole[chunk.index] += chunk.text
+    stop = next(text[3:5] for text in whole if len(text) > 8)
+    cut = ["", "", "", ""]
+    for chunk in gemma_client.chunks("one", "hello", 40, stop_sequences=(stop,), **options):
+        cut[chunk.index] += chunk.text
+    assert cut == [text.partition(stop)[0] for text in whole]
+    assert cut != whole
+    assert is_idle(gemma_client)
+
+
+def test_a_candidate_that_has_ended_gives_up_its_place(gemma_client: Client):
+    options = {"candidates": 2, **SAMPLED}
+    for seed in range(50):
+        texts = ["", ""]
+        for chunk in gemma_client.chunks(None, ENDLESS, 200, seed=seed, **options):
+            texts[chunk.index] += chunk.text
+        stop = texts[0][3:7]
+        if len(stop) == 4 and len(texts[1]) > 150 and stop not in texts[1]:
+            break
+    ended = threading.Event()
+    for chunk in gemma_client.chunks(None, ENDLESS, 200, seed=seed, stop_sequences=(stop,), **options):
+        if chunk.index == 0 and chunk.finish_reason:
+            ended.set()
+            gemma_client.runner.logprob([1, 2], 1, None)  # between two steps
+            assert len(gemma_client.runner._running) == 1
+    assert ended.is_set()
+
+
+def embedding(client: Client, text: str) -> list[float]:
+    """What transformers and a plain mean give."""
+    form, tokenizer = FORMATS[client.base.model.untuned_prompt_format], client.base.weights.tokenizer()
+    tokens, first = form.passage(tokenizer, text)
+    with torch.inference_mode():
+        hidden = client.base.reference.base_model(input_ids=torch.tensor([tokens])).last_hidden_state
+    mean = hidden[0, first:].mean(0)
+    values: list[float] = (mean / mean.norm()).tolist()
+    return values
+
+
+def test_embeddings_are_the_mean_of_the_last_hidden_states(client: Client, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runner_module, "CHUNK", 32)
+    texts = [*TEXTS, "the cat is in the hat and on the tin " * 8, "b"]  # the long one takes several passes
+    passes: list[tuple[int, ...]] = []
+    forward = client.runner._forward
+
+    def watched(cache: Any, tokens: torch.Tensor, adapters: Any) -> torch.Tensor:
+        passes.append(tuple(tokens.shape))
+        return forward(cache, tokens, adapters)
+
+    monkeypatch.setattr(client.runner, "_forward", watched)
+    for text, vector in zip(texts, client.engine.embed(client.base.model, texts, threading.Event()), strict=True):
+        assert vector == pytest.approx(embedding(client, text), abs=1e-4)
+    assert max(rows * width for rows, width in passes) <= 32
+    assert max(rows for rows, _ in passes) > 1  # short ones share a pass
+
+
+def test_embedding_while_others_are_answered(gemma_client: Client):
+    expected = gemma_client.base.text("one", "hello", 60)
+    chunks = gemma_client.chunks("one", "hello", 60)
+    text = next(chunks).text
+    vectors = gemma_client.engine.embed(gemma_client.base.model, TEXTS * 4, threading.Event())
+    assert vectors[0] == pytest.approx(embedding(gemma_client, TEXTS[0]), abs=1e-4)
+    assert text + "".join(chunk.text for chunk in chunks) == expected
+
+
+def test_an_embedding_that_nobody_waits_for(gemma_client: Client):
+    gone = threading.Event()
+    gone.set()
+    with pytest.raises(Cancelled):
+        gemma_client.engine.embed(gemma_client.base.model, ["hello"], gone)
+    with pytest.raises(InvalidArgument, match="token count"):
+        gemma_client.engine.embed(gemma_client.base.model, ["x" * 1600], threading.Event())

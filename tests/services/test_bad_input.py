@@ -124,7 +124,18 @@ BAD: dict[str, tuple[Change, int, str, str]] = {
         "NOT_FOUND",
         "models/nobody is not found for CREATE TUNED MODEL at API version v1beta.",
     ),
-    "tuned base": (put("base_model", "tunedModels/x"), 501, "UNIMPLEMENTED", "tuning a tuned model"),
+    "unknown parent": (
+        put("base_model", "tunedModels/x"),
+        403,
+        "PERMISSION_DENIED",
+        "You do not have permission to access tuned model tunedModels/x.",
+    ),
+    "bad parent": (
+        put("base_model", "tunedModels/x/y"),
+        400,
+        INVALID,
+        f"* {REQUEST}.tuned_model_source.tuned_model: must look like tunedModels/{{id}}, not 'tunedModels/x/y'",
+    ),
 }
 
 
@@ -236,5 +247,5 @@ def test_a_bad_key(server: Server) -> None:
 def test_an_rpc_that_does_not_exist_yet_names_itself(server: Server) -> None:
     message = refused(server, 501, "UNIMPLEMENTED", method="GET", url="/v1beta/files")
     assert "google.ai.generativelanguage.v1beta.FileService.ListFiles" in message
-    message = refused(server, 501, "UNIMPLEMENTED", url="/v1beta/models/tiny-gemma3:embedContent", json={})
-    assert "EmbedContent" in message
+    message = refused(server, 501, "UNIMPLEMENTED", url="/v1beta/models/tiny-gemma3:embedText", json={})
+    assert "TextService.EmbedText" in message

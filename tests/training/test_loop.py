@@ -128,6 +128,62 @@ def test_a_resumed_run_has_the_same_losses(base: Base, rows: list[Row], stop: in
     assert before + after == whole
 
 
+def test_a_run_goes_on_from_an_adapter(base: Base, rows: list[Row]) -> None:
+    with TuningRun(base, rows, hyperparameters(epochs=12), seed=5) as run:
+        steps = [step.mean_loss for step in run]
+        files, trained = run.adapter.to_files("tiny"), run.adapter.weights.detach().clone()
+
+    def again(stop: int = 0) -> tuple[list[float], torch.Tensor]:
+        found: list[float] = []
+        checkpoint = None
+        if stop:
+            with TuningRun(base, rows, hyperparameters(rate=0.001), seed=5, start=files) as run:
+                going = iter(run)
+                found, checkpoint = [next(going).mean_loss for _ in range(stop)], run.checkpoint()
+        with TuningRun(base, rows, hyperparameters(rate=0.001), seed=5, start=files) as run:
+            assert torch.equal(run.adapter.weights, trained)
+            if checkpoint is not None:
+                run.restore(checkpoint)
+            return found + [step.mean_loss for step in run], run.adapter.weights.detach().clone()
+
+    whole, weights_then = again()
+    assert max(whole) < steps[0] / 2
+    for stop in (1, 6):
+        resumed, weights_now = again(stop)
+        assert resumed == whole
+        assert torch.equal(weights_now, weights_then)
+
+
+def test_an_adapter_of_another_shape_is_no_start(base: Base, rows: list[Row]) -> None:
+    with TuningRun(base, rows, hyperparameters(), 0, loop.Recipe(rank=4)) as run:
+        files = run.adapter.to_files("tiny")
+    with pytest.raises(FailedPrecondition, match="another rank"):
+        TuningRun(base, rows, hyperparameters(), 0, start=files)
+    with TuningRun(base, rows, hyperparameters(), 0) as run:  # the base model is free again
+        next(iter(run))
+
+
+def test_the_loss_of_a_conversation_is_that_of_all_its_answers(base: Base) -> None:
+    texts = ["one", "two", "three", "four and more", "five", "six"]
+    contents = [protos.TuningContent(parts=[protos.TuningPart(text=text)]) for text in texts]
+    examples = protos.TuningExamples(multiturn_examples=[protos.TuningMultiturnExample(contents=contents)])
+    form = FORMATS[base.weights.model.prompt_format]
+    (row,) = tokenize(examples, form, base.tokenizer, 256)
+    with TuningRun(base, [row], hyperparameters(batch=1), seed=3) as run:
+        first = next(iter(run)).mean_loss
+        probe = run.probe()
+    labels = torch.full((len(row),), -100)
+    for start, end in row.answers:
+        labels[start:end] = torch.tensor((row.prompt + row.output)[start:end])
+    tokens = torch.tensor([row.prompt + row.output])
+    loss = reference_model(base.weights)(input_ids=tokens, labels=labels[None]).loss
+    assert first == pytest.approx(loss.item(), rel=1e-5)
+    assert (len(probe["tokens"]), probe["prompt_length"]) == (len(row), len(row.prompt))
+    last = torch.tensor([[-100] * len(row.prompt) + row.output])
+    loss = reference_model(base.weights)(input_ids=tokens, labels=last).loss
+    assert probe["base_logprob"] == pytest.approx(-loss.item(), rel=1e-5)
+
+
 def test_the_seed_decides(base: Base, rows: list[Row]) -> None:
     def losses(seed: int) -> list[float]:
         with TuningRun(base, rows, hyperparameters(), seed) as run:

@@ -46,6 +46,10 @@ class Dispatcher:
                 if method is not None:
                     self._methods[rpc.full_name] = method
 
+    def summaries(self) -> dict[str, str]:
+        """Return a sentence on each RPC that is implemented, by the RPC's full name."""
+        return {name: (method.__doc__ or "").partition("\n")[0] for name, method in self._methods.items()}
+
     def call(
         self, rpc: MethodDescriptor, request: Message, credentials: Credentials, gone: Event | None = None
     ) -> Message:
@@ -61,7 +65,7 @@ class Dispatcher:
             ApiError: Whatever went wrong; nothing else is raised.
         """
         try:
-            caller = self._authenticate(credentials, gone)
+            caller = self._authenticate(rpc, credentials, gone)
             method = self._find(rpc)
             self._validators[rpc.full_name].check(request)
             response: Message = method(request, caller)
@@ -79,7 +83,7 @@ class Dispatcher:
         Nothing runs before the first response is asked for. Closing the generator closes the service's.
         """
         try:
-            caller = self._authenticate(credentials, gone)
+            caller = self._authenticate(rpc, credentials, gone)
             method = self._find(rpc)
             self._validators[rpc.full_name].check(request)
             responses = method(request, caller)
@@ -95,10 +99,12 @@ class Dispatcher:
         except Exception as error:
             raise internal(error, rpc.full_name) from error
 
-    def _authenticate(self, credentials: Credentials, gone: Event | None) -> Caller:
+    def _authenticate(self, rpc: MethodDescriptor, credentials: Credentials, gone: Event | None) -> Caller:
         if gone is not None and gone.is_set():
             raise Cancelled("The client left before the call began.")
         caller = self._verifier.verify(credentials)
+        if caller.project:
+            log.info("%s by %s for project %r", rpc.full_name, caller.account, caller.project)
         return caller if gone is None else replace(caller, gone=gone)
 
     def _find(self, rpc: MethodDescriptor) -> Callable[[Any, Caller], Any]:

@@ -1,6 +1,7 @@
 """One HTTP request and its response: body within its limit, client watched, response in one piece or in parts."""
 
 import asyncio
+import zlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from threading import Event
@@ -44,13 +45,15 @@ class Exchange:
         self._send = send
 
     async def read_body(self, limit: int) -> bytes:
-        """Return the body.
+        """Return the body, decompressed when it is gzip.
 
         Raises:
-            InvalidArgument: It is longer than `limit` bytes; no more than that is ever held.
+            InvalidArgument: It is longer than `limit` bytes, however small it came; no more than that is ever
+                held. Or it is compressed in another way, or is no gzip though it says so.
             ClientDisconnect: The client left before sending all of it.
         """
         refusal = InvalidArgument(f"Request payload size exceeds the limit: {limit} bytes.")
+        inflate = _inflater(self.headers.get(b"content-encoding", b""))
         announced = int(self.headers.get(b"content-length", b"0"))
         if announced > limit and b"expect" in self.headers:
             raise refusal  # the client waits for a word before it sends
@@ -61,14 +64,19 @@ class Exchange:
             if message["type"] == "http.disconnect":
                 self.gone.set()
                 raise ClientDisconnect
-            size += len(message.get("body", b""))
+            part = message.get("body", b"")
             more = message.get("more_body", False)
+            if inflate is not None and size <= limit:
+                part = inflate.read(part, limit + 1 - size)
+            size += len(part)
             if size <= limit:
-                chunks.append(message.get("body", b""))
+                chunks.append(part)
             else:
                 chunks.clear()
         if size > limit:
             raise refusal
+        if inflate is not None:
+            inflate.finish()
         return b"".join(chunks)
 
     @asynccontextmanager
@@ -104,3 +112,48 @@ class Exchange:
         """Send a part of the response at once."""
         self._complete = not more
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+class _Inflater:
+    """Decompresses gzip as it arrives, never more than is asked for."""
+
+    def __init__(self) -> None:
+        self._member = zlib.decompressobj(wbits=31)
+        self._begun = False
+
+    def read(self, data: bytes, most: int) -> bytes:
+        """Return what `data` adds, up to `most` bytes.
+
+        Raises:
+            InvalidArgument: It is not gzip.
+        """
+        parts: list[bytes] = []
+        try:
+            while data and most > 0:
+                if self._member.eof:  # a gzip file may be several, one after the other
+                    self._member = zlib.decompressobj(wbits=31)
+                self._begun = True
+                parts.append(self._member.decompress(data, most))
+                most -= len(parts[-1])
+                data = self._member.unused_data
+        except zlib.error:
+            raise _not_gzip() from None
+        return b"".join(parts)
+
+    def finish(self) -> None:
+        """Raise InvalidArgument when the end is missing."""
+        if self._begun and not self._member.eof:
+            raise _not_gzip()
+
+
+def _not_gzip() -> InvalidArgument:
+    return InvalidArgument("The body is not gzip, though its Content-Encoding says so.")
+
+
+def _inflater(encoding: bytes) -> _Inflater | None:
+    name = encoding.decode("latin-1").strip().lower()
+    if name in ("", "identity"):
+        return None
+    if name not in ("gzip", "x-gzip"):
+        raise InvalidArgument(f'Content-Encoding "{name}" is not known here: send gzip, or no encoding.')
+    return _Inflater()

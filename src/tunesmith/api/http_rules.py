@@ -15,11 +15,13 @@ _OPERATIONS = "google.longrunning.Operations"
 _GENERATIVE = "google.ai.generativelanguage.v1beta.GenerativeService"
 
 # Google keeps the rules of operations in a service file; the generic ones of the protos would claim
-# `/v1/operations`. Clients count the tokens of tuned models too, for which no rule exists.
+# `/v1/operations`. Two rules exist only in clients: they count the tokens of tuned models, and they cancel
+# by the model's name.
 _OWN_RULES: tuple[tuple[str, str, str, str, str], ...] = (
     (_OPERATIONS, "GetOperation", "GET", "/v1beta/{name=tunedModels/*/operations/*}", ""),
     (_OPERATIONS, "ListOperations", "GET", "/v1beta/{name=tunedModels/*}/operations", ""),
     (_OPERATIONS, "CancelOperation", "POST", "/v1beta/{name=tunedModels/*/operations/*}:cancel", "*"),
+    (_OPERATIONS, "CancelOperation", "POST", "/v1beta/{name=tunedModels/*}:cancel", "*"),
     (_OPERATIONS, "DeleteOperation", "DELETE", "/v1beta/{name=tunedModels/*/operations/*}", ""),
     (_GENERATIVE, "CountTokens", "POST", "/v1beta/{model=tunedModels/*}:countTokens", "*"),
 )

@@ -12,16 +12,34 @@ import anyio
 from anyio import CapacityLimiter, to_thread
 from google.protobuf.message import Message
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Lifespan, Receive, Scope, Send
 
+from tunesmith.api.body_formats import (
+    ARRAY_STREAM,
+    EVENT_STREAM,
+    JSON_FORMATS,
+    PROTOBUF_FORMAT,
+    PROTOBUF_STREAM,
+    BodyFormat,
+    StreamFormat,
+)
 from tunesmith.api.dispatch import Dispatcher, internal
+from tunesmith.api.documents import document_routes
 from tunesmith.api.exchange import Exchange, Headers
-from tunesmith.api.json_writer import JsonWriter
+from tunesmith.api.field_mask import FieldMask, field_mask
 from tunesmith.api.metrics import CONTENT_TYPE, CallMetrics
-from tunesmith.api.system_parameters import SystemParameters, http_method, is_form, system_parameters
+from tunesmith.api.system_parameters import (
+    SystemParameters,
+    http_method,
+    is_form,
+    is_protobuf,
+    system_parameters,
+)
 from tunesmith.api.transcoding import Match, Router, to_message
 from tunesmith.errors import ApiError, InvalidArgument, Unauthenticated
 
@@ -30,8 +48,9 @@ THREADS = 40
 
 _Result = TypeVar("_Result")
 
-_JSON = (b"content-type", b"application/json; charset=UTF-8")
 _CHALLENGE = (b"www-authenticate", b'Bearer realm="https://accounts.google.com/", error="invalid_token"')
+_EXPOSED = ("www-authenticate", "content-encoding", "content-length", "date", "vary")
+_PREFLIGHT_SECONDS = 3600
 _GZIP_FROM = 1400  # bytes; what fits a packet is not worth compressing
 _TAKES_GZIP = re.compile(rb"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))")
 
@@ -43,6 +62,7 @@ def rest_app(
     ready: Callable[[], bool],
     metrics: CallMetrics | None = None,
     routes: Sequence[BaseRoute] = (),
+    cors_origins: Sequence[str] = ("*",),
     lifespan: Lifespan[Starlette] | None = None,
     threads: int = THREADS,
 ) -> Starlette:
@@ -54,6 +74,8 @@ def rest_app(
         ready: Whether the server can serve; called in a thread for each `GET /readyz`.
         metrics: What `GET /metrics` shows.
         routes: Routes of other parts (sign-in, web page), tried before Google's.
+        cors_origins: Origins of web pages whose scripts may call; `*` for all. Browsers add no credentials of
+            their own, so a page can do only what it brings a credential for.
         lifespan: Starlette's hook for what starts and ends with the server.
         threads: Calls of one service that run at a time.
     """
@@ -69,8 +91,24 @@ def rest_app(
         return Response(shown.text(), headers={"content-type": CONTENT_TYPE})
 
     own = [Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", prometheus)]
+    described = document_routes(dispatcher.summaries())
     api = _Api(dispatcher, max_body_bytes, shown, threads)
-    return Starlette(routes=[*own, *routes, Route("/{path:path}", api)], lifespan=lifespan)
+    app = Starlette(routes=[*own, *described, *routes], middleware=[_cors(cors_origins)], lifespan=lifespan)
+    # Not a route: those match no path with a line break in it, and would answer in words of their own.
+    app.router.default, app.router.redirect_slashes = api, False
+    return app
+
+
+def _cors(origins: Sequence[str]) -> Middleware:
+    return Middleware(
+        CORSMiddleware,
+        allow_origins=list(origins),
+        allow_methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"],
+        allow_headers=["*"],
+        expose_headers=_EXPOSED,
+        allow_private_network=True,  # a page of the open web may call a server on this machine, if allowed above
+        max_age=_PREFLIGHT_SECONDS,
+    )
 
 
 @dataclass
@@ -88,33 +126,23 @@ class _Call:
     @property
     def in_array(self) -> bool:
         """Whether the response is a stream in the form of one JSON array."""
-        return bool(self.match and self.match.rule.rpc.server_streaming and not self.parameters.style.sse)
+        return bool(self.match and self.match.rule.rpc.server_streaming and self.stream is ARRAY_STREAM)
 
     @property
-    def writer(self) -> JsonWriter:
+    def format(self) -> BodyFormat:
         style = self.parameters.style
-        return _WRITERS[style.pretty and not style.sse, style.enum_numbers]
+        if style.protobuf:
+            return PROTOBUF_FORMAT
+        return JSON_FORMATS[style.pretty and not style.sse, style.enum_numbers]
 
+    @property
+    def stream(self) -> StreamFormat:
+        style = self.parameters.style
+        return EVENT_STREAM if style.sse else PROTOBUF_STREAM if style.protobuf else ARRAY_STREAM
 
-@dataclass(frozen=True)
-class _Framing:
-    """How the messages of a stream are set apart from each other."""
-
-    content_type: bytes
-    before_first: bytes
-    before_next: bytes
-    after_each: bytes
-    end: bytes
-    empty: bytes  # the whole of a stream without messages
-
-
-_EVENTS = _Framing(b"text/event-stream", b"data: ", b"data: ", b"\r\n\r\n", b"", b"")
-_ARRAY = _Framing(_JSON[1], b"[", b",\r\n", b"", b"]", b"[]")
-_WRITERS = {
-    (pretty, numbers): JsonWriter(pretty=pretty, enum_numbers=numbers)
-    for pretty in (True, False)
-    for numbers in (True, False)
-}
+    def written(self, message: Message, mask: FieldMask | None) -> bytes:
+        """Return a response, or what the mask keeps of it."""
+        return self.format.message(mask.apply(message) if mask else message)
 
 
 class _Api:
@@ -169,28 +197,30 @@ class _Api:
             raise InvalidArgument(f"alt=sse is for streams; {rpc.name} answers once.")
         zipped = _TAKES_GZIP.search(exchange.headers.get(b"accept-encoding", b"")) is not None
 
+        mask = _mask(call, match)
+
         def work() -> tuple[bytes, Headers]:
-            request = to_message(match, parameters.query, body)
+            request = to_message(match, parameters.query, body, protobuf=is_protobuf(exchange.headers))
             response = self._dispatcher.call(rpc, request, parameters.credentials, exchange.gone)
-            return _encode(call.writer.text(response), zipped)
+            return _compress(call.written(response, mask), zipped)
 
         async with exchange.watched():
             payload, headers = await self._in_thread(match, work)
-        await exchange.respond(200, payload, [_JSON, *headers])
+        await exchange.respond(200, payload, [(b"content-type", call.format.content_type), *headers])
 
     async def _stream(self, exchange: Exchange, call: _Call, match: Match, body: bytes) -> None:
-        rpc, parameters = match.rule.rpc, call.parameters
+        rpc, parameters, mask = match.rule.rpc, call.parameters, _mask(call, match)
 
-        def begin() -> tuple[Generator[Message], str | None]:
-            request = to_message(match, parameters.query, body)
+        def begin() -> tuple[Generator[Message], bytes | None]:
+            request = to_message(match, parameters.query, body, protobuf=is_protobuf(exchange.headers))
             messages = self._dispatcher.stream(rpc, request, parameters.credentials, exchange.gone)
             first = next(messages, None)
-            return messages, None if first is None else call.writer.text(first)
+            return messages, None if first is None else call.stream.part(call.written(first, mask), first=True)
 
         async with exchange.watched():
-            messages, text = await self._in_thread(match, begin)
+            messages, part = await self._in_thread(match, begin)
             try:
-                await self._send_stream(exchange, call, match, messages, text)
+                await self._send_stream(exchange, call, match, messages, part)
             except BaseException:
                 exchange.gone.set()
                 raise
@@ -200,26 +230,26 @@ class _Api:
                     await self._in_thread(match, messages.close)
 
     async def _send_stream(
-        self, exchange: Exchange, call: _Call, match: Match, messages: Generator[Message], text: str | None
+        self, exchange: Exchange, call: _Call, match: Match, messages: Generator[Message], part: bytes | None
     ) -> None:
-        framing = _ARRAY if call.in_array else _EVENTS
+        stream, mask = call.stream, _mask(call, match)
 
-        def pull() -> str | None:
+        def pull() -> bytes | None:
             try:
                 message = next(messages, None)
                 if exchange.gone.is_set():
                     messages.close()
-                return None if message is None else call.writer.text(message)
+                return None if message is None else stream.part(call.written(message, mask), first=False)
             except ApiError as error:
                 call.code = error.status
-                return call.writer.error_text(error)
+                return stream.part(call.format.error(error), first=False, failed=True)
 
-        await exchange.begin(200, [(b"content-type", framing.content_type)])
-        before, end = framing.before_first, framing.empty
-        while text is not None and not exchange.gone.is_set():
-            await exchange.send_part(before + text.rstrip("\n").encode() + framing.after_each)
-            before, end = framing.before_next, framing.end
-            text = await self._in_thread(match, pull)
+        await exchange.begin(200, [(b"content-type", stream.content_type)])
+        end = stream.empty
+        while part is not None and not exchange.gone.is_set():
+            await exchange.send_part(part)
+            end = stream.end
+            part = await self._in_thread(match, pull)
         await exchange.send_part(end, more=False)
 
     async def _in_thread(self, match: Match, work: Callable[[], _Result]) -> _Result:
@@ -230,19 +260,25 @@ class _Api:
         return await to_thread.run_sync(work, limiter=limiter)
 
 
+def _mask(call: _Call, match: Match) -> FieldMask | None:
+    """Return the mask that the caller asks for; raise InvalidArgument before anything is done."""
+    fields = call.parameters.style.fields
+    return field_mask(fields, match.rule.rpc.output_type) if fields else None
+
+
 async def _refuse(exchange: Exchange, call: _Call, error: ApiError) -> None:
     call.code = error.status
     if exchange.answered:  # half a stream is out: all that is left is to end it
         await exchange.send_part(b"", more=False)
         return
-    text = call.writer.error_text(error)
-    body = f"[{text.rstrip()}]\n" if call.in_array else text
+    body = call.format.error(error)
+    if call.in_array:
+        body = b"[" + body.rstrip() + b"]\n"
     challenge = [_CHALLENGE] if isinstance(error, Unauthenticated) else []
-    await exchange.respond(int(error.http), body.encode(), [_JSON, *challenge])
+    await exchange.respond(int(error.http), body, [(b"content-type", call.format.content_type), *challenge])
 
 
-def _encode(text: str, zipped: bool) -> tuple[bytes, Headers]:
-    data = text.encode()
+def _compress(data: bytes, zipped: bool) -> tuple[bytes, Headers]:
     if len(data) < _GZIP_FROM:
         return data, ()
     vary = (b"vary", b"Accept-Encoding")

@@ -5,22 +5,33 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qsl
 
 from tunesmith.caller import Credentials
-from tunesmith.errors import InvalidArgument, Unimplemented
+from tunesmith.errors import InvalidArgument
 
 _NAMES = {
     *("alt", "key", "access_token", "oauth_token", "prettyPrint", "quotaUser", "xgafv"),
     *("uploadType", "upload_protocol", "callback", "fields"),
 }
 _FORM = b"application/x-www-form-urlencoded"
+_PROTOBUF = (b"application/x-protobuf", b"application/protobuf", b"application/vnd.google.protobuf")
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a response is to be written."""
+    """How a response is to be written.
+
+    Attributes:
+        sse: A stream as server-sent events.
+        protobuf: In protobuf's own encoding instead of JSON.
+        pretty: JSON with a key a line.
+        enum_numbers: JSON with enums as numbers.
+        fields: What of the response to keep, as sent; "" for all of it.
+    """
 
     sse: bool = False
+    protobuf: bool = False
     pretty: bool = True
     enum_numbers: bool = False
+    fields: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,11 @@ def is_form(headers: Mapping[bytes, bytes]) -> bool:
     return headers.get(b"content-type", b"").lower().startswith(_FORM)
 
 
+def is_protobuf(headers: Mapping[bytes, bytes]) -> bool:
+    """Return whether the body is a message in protobuf's own encoding."""
+    return headers.get(b"content-type", b"").partition(b";")[0].strip().lower() in _PROTOBUF
+
+
 def system_parameters(query: bytes, headers: Mapping[bytes, bytes]) -> SystemParameters:
     """Split a query string, and read the headers that mean the same.
 
@@ -57,8 +73,7 @@ def system_parameters(query: bytes, headers: Mapping[bytes, bytes]) -> SystemPar
         headers: The headers, by lower-case name.
 
     Raises:
-        InvalidArgument: A system parameter has a value that means nothing.
-        Unimplemented: It asks for something that this server does not do.
+        InvalidArgument: A system parameter has a value that means nothing here.
     """
     own: dict[str, list[str]] = {}
     system: dict[str, str] = {}
@@ -70,10 +85,8 @@ def system_parameters(query: bytes, headers: Mapping[bytes, bytes]) -> SystemPar
             own.setdefault(name, []).append(value)
     if system.get("callback"):
         raise InvalidArgument("JSONP is not supported: leave out the parameter callback.")
-    mask = system.get("fields") or headers.get(b"x-goog-fieldmask", b"").decode("latin-1")
-    if mask not in ("", "*"):
-        raise Unimplemented("Partial responses (fields, X-Goog-FieldMask) are not implemented by this server.")
-    return SystemParameters(own, _credentials(system, headers), _style(system))
+    fields = system.get("fields") or headers.get(b"x-goog-fieldmask", b"").decode("latin-1")
+    return SystemParameters(own, _credentials(system, headers), _style(system, fields.strip()))
 
 
 def _credentials(system: Mapping[str, str], headers: Mapping[bytes, bytes]) -> Credentials:
@@ -86,14 +99,16 @@ def _credentials(system: Mapping[str, str], headers: Mapping[bytes, bytes]) -> C
     return Credentials(bearer=bearer, api_key=api_key, project=project)
 
 
-def _style(system: Mapping[str, str]) -> Style:
+def _style(system: Mapping[str, str], fields: str) -> Style:
     kind, *options = [part.strip() for part in system.get("alt", "json").split(";")]
-    if kind in ("proto", "media"):
-        raise Unimplemented(f"alt={kind} is not implemented by this server.")
-    if kind not in ("", "json", "sse"):
-        raise InvalidArgument(f'Invalid value "{kind}" for parameter alt: expected json or sse.')
+    if kind == "media":
+        raise InvalidArgument("alt=media is for downloads of files; this method answers with a message.")
+    if kind not in ("", "json", "sse", "proto"):
+        raise InvalidArgument(f'Invalid value "{kind}" for parameter alt: expected json, sse or proto.')
     return Style(
         sse=kind == "sse",
+        protobuf=kind == "proto",
         pretty=system.get("prettyPrint", "true").lower() not in ("false", "0"),
         enum_numbers="enum-encoding=int" in options,
+        fields="" if fields == "*" else fields,
     )

@@ -3,15 +3,16 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import unquote
 
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from tunesmith import protos
 from tunesmith.api import json_text
 from tunesmith.api.http_rules import VERSIONS, HttpRule, all_rules
 from tunesmith.api.json_reader import MessageReader
-from tunesmith.errors import NotFound
+from tunesmith.errors import InvalidArgument, NotFound
 
 _SLASH = re.compile("%2f", re.IGNORECASE)
 
@@ -103,7 +104,7 @@ def _decode(segment: str) -> str:
     return unquote(_SLASH.sub("%252F", segment)) if "%" in segment else segment
 
 
-def to_message(match: Match, query: Mapping[str, list[str]], body: bytes) -> Message:
+def to_message(match: Match, query: Mapping[str, list[str]], body: bytes, *, protobuf: bool = False) -> Message:
     """Return the request message that a matched HTTP request means.
 
     The path wins over the body, and the body over the query.
@@ -112,6 +113,7 @@ def to_message(match: Match, query: Mapping[str, list[str]], body: bytes) -> Mes
         match: What the router found.
         query: The query parameters that are not system parameters.
         body: The request's body; ignored if the rule has none.
+        protobuf: Whether the body is in protobuf's own encoding, not JSON.
 
     Raises:
         InvalidArgument: Names everything that does not fit the message.
@@ -121,7 +123,9 @@ def to_message(match: Match, query: Mapping[str, list[str]], body: bytes) -> Mes
     reader = MessageReader(message)
     if query:
         reader.read_query(query, body=rule.body)
-    if rule.body:
+    if rule.body and protobuf:
+        _merge(message if rule.body == "*" else getattr(message, rule.body), body)
+    elif rule.body:
         reader.read_body(json_text.parse(body), rule.body)
     reader.finish()
     for path, value in match.variables:
@@ -131,3 +135,17 @@ def to_message(match: Match, query: Mapping[str, list[str]], body: bytes) -> Mes
             target = getattr(target, part)
         setattr(target, name, value)
     return message
+
+
+def _merge(message: Message, body: bytes) -> None:
+    """Read an encoded message.
+
+    Raises:
+        InvalidArgument: It is not one.
+    """
+    message.SetInParent()
+    try:
+        message.MergeFromString(body)
+    except DecodeError:
+        kind: Any = message.DESCRIPTOR
+        raise InvalidArgument(f"The body is not an encoded {kind.full_name}.") from None

@@ -49,8 +49,8 @@ class Verifier:
                     return caller
             _refuse_token(credentials.bearer)
         if credentials.api_key is not None:
-            key = self._keys.find(credentials.api_key)
-            return Caller(key.account, project=credentials.project) if key else _refuse_key()
+            account = self._keys.find(credentials.api_key)
+            return Caller(account, project=credentials.project) if account else _refuse_key()
         raise PermissionDenied(
             "Method doesn't allow unregistered callers (callers without established identity). Please use API "
             "Key or other form of API consumer identity to call this API."

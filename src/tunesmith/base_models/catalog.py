@@ -13,7 +13,18 @@ from tunesmith import protos
 from tunesmith.config import Settings
 from tunesmith.errors import NotFound
 
-METHODS = ("generateContent", "countTokens", "createTunedModel")
+METHODS = (
+    "generateContent",
+    "countTokens",
+    "createTunedModel",
+    "embedContent",
+    "batchEmbedContents",
+    "generateText",
+    "countTextTokens",
+)
+PALM = "text-bison"
+PALM_METHODS = ("createTunedTextModel",)
+"""By which clients of PaLM's time look for a model that they can tune."""
 
 
 class BaseModel(Record):
@@ -65,7 +76,7 @@ class BaseModel(Record):
             description=description,
             input_token_limit=self.input_token_limit,
             output_token_limit=self.output_token_limit,
-            supported_generation_methods=METHODS,
+            supported_generation_methods=METHODS + (PALM_METHODS if asked.startswith(PALM) else ()),
             temperature=self.temperature,
             max_temperature=2.0,
             top_p=self.top_p,

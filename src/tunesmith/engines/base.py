@@ -19,8 +19,9 @@ class Sampling:
         top_k: Keep this many most probable tokens.
         max_output_tokens: End with MAX_TOKENS after this many.
         seed: Same seed, same text, whatever else the engine serves meanwhile, up to the rounding of the
-            weights' number format; None draws one.
+            weights' number format; None draws one. Each further candidate takes the next higher one.
         stop_sequences: Texts that end the answer and are not part of it.
+        candidates: How many answers are made.
     """
 
     temperature: float
@@ -29,6 +30,7 @@ class Sampling:
     max_output_tokens: int
     seed: int | None = None
     stop_sequences: tuple[str, ...] = ()
+    candidates: int = 1
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,15 @@ class Chunk:
         text: The text to append; may be empty in the last chunk.
         prompt_tokens: Length of the prompt.
         output_tokens: Tokens generated so far, the one that ended the answer not counted.
-        finish_reason: `Candidate.FinishReason` on the last chunk, 0 before.
+        finish_reason: `Candidate.FinishReason` on the candidate's last chunk, 0 before.
+        index: The candidate that it belongs to, from 0.
     """
 
     text: str
     prompt_tokens: int
     output_tokens: int
     finish_reason: int = 0
+    index: int = 0
 
 
 class Engine(Protocol):
@@ -59,12 +63,12 @@ class Engine(Protocol):
         sampling: Sampling,
         gone: threading.Event,
     ) -> Iterator[Chunk]:
-        """Yield an answer's chunks.
+        """Yield an answer's chunks; those of several candidates as they come, each candidate's in order.
 
         Args:
             model: The base model.
             adapter: Path of a published adapter in the artifact store; None for the base model itself.
-            turns: The conversation, ending with a user's turn.
+            turns: The conversation, ending with a user's turn; a system instruction comes first.
             sampling: How tokens are chosen.
             gone: Set when nobody waits for the answer any more; so does closing the iterator.
 
@@ -78,6 +82,16 @@ class Engine(Protocol):
 
     def count_tokens(self, model: BaseModel, adapter: str | None, turns: Sequence[Turn]) -> int:
         """Return the length of the prompt that `generate` would make."""
+
+    def embed(self, model: BaseModel, texts: Sequence[str], gone: threading.Event) -> list[list[float]]:
+        """Return a vector of length 1 for each text: the mean of the model's last hidden states.
+
+        Raises:
+            InvalidArgument: A text is longer than the model takes.
+            FailedPrecondition: The weights are not on this machine.
+            Cancelled: `gone` was set.
+            Unavailable: The engine is closing.
+        """
 
     def preload(self, model: BaseModel) -> None:
         """Load a base model before the first request asks for it."""

@@ -11,11 +11,12 @@ one token for all that are running.
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -37,6 +38,8 @@ SCORED_AT_ONCE = 64
 
 logger = logging.getLogger(__name__)
 
+_Result = TypeVar("_Result")
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -47,6 +50,10 @@ class Ended:
     """
 
     finish_reason: int
+
+
+Events = SimpleQueue[tuple[int, int | Ended | ApiError]]
+"""What happens to requests, each event with the request's index: a token, the end, or an error."""
 
 
 @dataclass(eq=False)
@@ -60,7 +67,8 @@ class Request:
         max_output_tokens: When to end, if no stop token comes first.
         stop_tokens: Ids that end the answer.
         gone: Set when nobody waits for the answer any more.
-        events: The answer's tokens one by one, then `Ended`, or an error instead.
+        events: The answer's tokens one by one, then `Ended`, or an error instead; each with `index`.
+        index: Which of the requests that share `events` it is.
         abandoned: Set when the reader has stopped reading.
         tokens: Ids generated so far.
     """
@@ -71,7 +79,8 @@ class Request:
     max_output_tokens: int
     stop_tokens: frozenset[int]
     gone: threading.Event
-    events: SimpleQueue[int | Ended | ApiError] = field(default_factory=SimpleQueue)
+    events: Events = field(default_factory=SimpleQueue)
+    index: int = 0
     abandoned: bool = False
     ended: bool = False
     tokens: list[int] = field(default_factory=list)
@@ -80,14 +89,14 @@ class Request:
         """Say how the request ended, once."""
         if not self.ended:
             self.ended = True
-            self.events.put(event)
+            self.events.put((self.index, event))
 
     def take(self, token: int, longest: int) -> None:
         """Hand out the next token; `longest` is how many tokens the model can hold."""
         if token in self.stop_tokens:
             return self.end(Ended(protos.Candidate.STOP))
         self.tokens.append(token)
-        self.events.put(token)
+        self.events.put((self.index, token))
         if len(self.tokens) >= self.max_output_tokens or len(self.prompt) + len(self.tokens) >= longest:
             self.end(Ended(protos.Candidate.MAX_TOKENS))
         return None
@@ -138,7 +147,8 @@ class Runner:
         self._running: list[Request] = []
         self._cache = KVCache(0, device)
         """Row i is the i-th running request's."""
-        self._probes: deque[tuple[Future[float], Callable[[], float]]] = deque()
+        self._tasks: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        """What is no request: computed between two steps, one at a time."""
         self._closing = False
         self._wake = threading.Condition()
         ready: Future[None] = Future()
@@ -148,15 +158,15 @@ class Runner:
         self._thread.start()
         ready.result()
 
-    def submit(self, request: Request) -> None:
-        """Put a request in the queue.
+    def submit(self, *requests: Request) -> None:
+        """Put requests in the queue, together: what fits one pass is computed in one.
 
         Raises:
             Unavailable: The runner is closing.
         """
         with self._wake:
             self._refuse_when_closing()
-            self._waiting.append(request)
+            self._waiting.extend(requests)
             self._wake.notify()
 
     def logprob(self, tokens: Sequence[int], prompt_length: int, adapter: Adapter | None) -> float:
@@ -165,12 +175,31 @@ class Runner:
         Raises:
             Unavailable: The runner is closing.
         """
-        probe: Future[float] = Future()
-        with self._wake:
-            self._refuse_when_closing()
-            self._probes.append((probe, lambda: self._logprob(tokens, prompt_length, adapter)))
-            self._wake.notify()
-        return probe.result()
+        return self._between_steps(lambda: self._logprob(tokens, prompt_length, adapter))
+
+    def embed(self, texts: Sequence[Sequence[int]], skip: int, gone: threading.Event) -> torch.Tensor:
+        """Return the mean of each text's last hidden states, float32 [texts, size].
+
+        Args:
+            texts: Token ids, more than `skip` each.
+            skip: How many tokens at each text's beginning are not counted.
+            gone: Set when nobody waits for the result any more.
+
+        Raises:
+            Cancelled: `gone` was set.
+            Unavailable: The runner is closing.
+        """
+        means = []
+        for group in _groups(texts):
+            cache, total = KVCache(len(group), self.device), torch.zeros(())
+            for start in range(0, max(map(len, group)), CHUNK):
+                if gone.is_set():
+                    raise Cancelled("The client went away.")
+                chunks = [text[start : start + CHUNK] for text in group]
+                total = total + self._between_steps(partial(self._summed, cache, chunks, max(skip - start, 0)))
+            counts = torch.tensor([len(text) - skip for text in group], device=self.device)
+            means.append(total / counts[:, None])
+        return torch.cat(means)
 
     def close(self) -> None:
         """Stop after the current step; all requests end with Unavailable."""
@@ -178,6 +207,19 @@ class Runner:
             self._closing = True
             self._wake.notify()
         self._thread.join()
+
+    def _between_steps(self, compute: Callable[[], _Result]) -> _Result:
+        """Compute something on the runner's thread and wait for it.
+
+        Raises:
+            Unavailable: The runner is closing.
+        """
+        result: Future[_Result] = Future()
+        with self._wake:
+            self._refuse_when_closing()
+            self._tasks.append((result, compute))
+            self._wake.notify()
+        return result.result()
 
     def _refuse_when_closing(self) -> None:
         if self._closing:
@@ -221,15 +263,15 @@ class Runner:
             self._end_all_under_way(closing())
             for request in self._waiting:
                 request.end(closing())
-            for probe, _ in self._probes:
-                probe.set_exception(closing())
+            for result, _ in self._tasks:
+                result.set_exception(closing())
 
     def _work_to_do(self) -> bool:
         """Wait for something to do; False when there will be nothing more."""
         with self._wake:
             if not self._running and not self._prefilling:
                 self._mix.clear()
-                self._wake.wait_for(lambda: self._waiting or self._probes or self._closing)
+                self._wake.wait_for(lambda: self._waiting or self._tasks or self._closing)
             return not self._closing
 
     def _end_all_under_way(self, error: ApiError) -> None:
@@ -242,23 +284,23 @@ class Runner:
 
     def _step(self) -> None:
         self._drop_ended()
-        self._probe()
+        self._do_a_task()
         self._admit()
         self._prefill()
         self._drop_ended()
         self._decode()
         self._drop_ended()
 
-    def _probe(self) -> None:
-        if self._probes:
-            probe, compute = self._probes.popleft()
+    def _do_a_task(self) -> None:
+        if self._tasks:
+            result, compute = self._tasks.popleft()
             try:
-                probe.set_result(compute())
+                result.set_result(compute())
             except Exception as error:
-                logger.exception("A probe of %s failed.", self.weights.model.id)
+                logger.exception("A task of %s failed.", self.weights.model.id)
                 failed = _failed()
                 failed.__cause__ = error
-                probe.set_exception(failed)
+                result.set_exception(failed)
 
     def _drop_ended(self) -> None:
         """Take out the requests that have ended, and those that nobody waits for."""
@@ -372,6 +414,17 @@ class Runner:
         scores = self._head(hidden.contiguous()).float()
         return scores if self._softcap is None else torch.tanh(scores / self._softcap) * self._softcap
 
+    def _summed(self, cache: KVCache, chunks: Sequence[Sequence[int]], skip: int) -> torch.Tensor:
+        """Return the sum of each row's last hidden states for new tokens, the first `skip` left out."""
+        lengths = [len(chunk) for chunk in chunks]
+        width = max(lengths)
+        tokens = torch.tensor([[*chunk, *[0] * (width - len(chunk))] for chunk in chunks], device=self.device)
+        hidden = self._forward(cache, tokens, [None] * len(chunks)).float()
+        cache.advance(lengths)
+        places = torch.arange(width, device=self.device)
+        counted = (places >= skip) & (places < torch.tensor(lengths, device=self.device)[:, None])
+        return (hidden * counted[:, :, None]).sum(1)
+
     def _logprob(self, tokens: Sequence[int], prompt_length: int, adapter: Adapter | None) -> float:
         cache, hidden = KVCache(1, self.device), []
         for start in range(0, len(tokens) - 1, CHUNK):
@@ -386,6 +439,18 @@ class Runner:
             targets = answer[start : start + SCORED_AT_ONCE]
             total -= float(functional.cross_entropy(scores, targets, reduction="sum"))
         return total / len(answer)
+
+
+def _groups(texts: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
+    """Split texts, in order, into groups that fit one pass each, padding counted; a longer one is alone."""
+    group: list[Sequence[int]] = []
+    for text in texts:
+        if group and max(len(text), *map(len, group)) * (len(group) + 1) > CHUNK:
+            yield group
+            group = []
+        group.append(text)
+    if group:
+        yield group
 
 
 def _causal_lm(weights: Weights, device: torch.device, dtype: torch.dtype) -> Any:

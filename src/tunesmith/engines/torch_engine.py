@@ -4,9 +4,12 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 
 from tokenizers import Tokenizer
+from torch.nn import functional
 
 from tunesmith import protos
 from tunesmith.base_models import weights
@@ -16,7 +19,7 @@ from tunesmith.base_models.prompts import FORMATS, PromptFormat, Turn
 from tunesmith.base_models.weights import Weights
 from tunesmith.engines.adapter_cache import AdapterCache
 from tunesmith.engines.base import Chunk, Sampling
-from tunesmith.engines.runner import Ended, Request, Runner, closing
+from tunesmith.engines.runner import Ended, Events, Request, Runner, closing
 from tunesmith.engines.sampling import Sampler
 from tunesmith.engines.text_stream import TextStream
 from tunesmith.errors import ApiError, Cancelled, Internal, InvalidArgument
@@ -80,20 +83,20 @@ class TorchEngine:
             loaded = None if adapter is None else in_use.enter_context(self._adapters.use(runner, adapter))
             prompt_format = FORMATS[loaded.prompt_format if loaded else model.untuned_prompt_format]
             tokenizer = self._tokenizer(runner.weights)
-            request = Request(
-                prompt=_checked(prompt_format.prompt(tokenizer, turns), model, runner),
-                adapter=loaded,
-                sampler=Sampler(sampling),
-                max_output_tokens=sampling.max_output_tokens,
-                stop_tokens=prompt_format.stop_tokens(tokenizer),
-                gone=gone,
-            )
-            runner.submit(request)
-            text = TextStream(tokenizer, prompt_format.answer, sampling.stop_sequences)
+            prompt = _checked(prompt_format.prompt(tokenizer, turns), model, runner)
+            stop_tokens, most = prompt_format.stop_tokens(tokenizer), sampling.max_output_tokens
+            events: Events = SimpleQueue()
+            requests = [
+                Request(prompt, loaded, sampler, most, stop_tokens, gone, events, index)
+                for index, sampler in enumerate(_samplers(sampling))
+            ]
+            texts = [TextStream(tokenizer, prompt_format.answer, sampling.stop_sequences) for _ in requests]
             try:
-                yield from _chunks(request, text)
+                runner.submit(*requests)
+                yield from _chunks(requests, texts)
             finally:
-                request.abandoned = True
+                for request in requests:
+                    request.abandoned = True
 
     def count_tokens(self, model: BaseModel, adapter: str | None, turns: Sequence[Turn]) -> int:
         """Return the length of the prompt that `generate` would make.
@@ -104,6 +107,16 @@ class TorchEngine:
         """
         tokenizer = self._tokenizer(weights.get(model, self._cache_dir))
         return len(self._format(model, adapter).prompt(tokenizer, turns))
+
+    def embed(self, model: BaseModel, texts: Sequence[str], gone: threading.Event) -> list[list[float]]:
+        """Return a vector of length 1 for each text; see `Engine.embed`."""
+        runner = self._runner(model)
+        tokenizer = self._tokenizer(runner.weights)
+        passages = [FORMATS[model.untuned_prompt_format].passage(tokenizer, text) for text in texts]
+        tokens = [_checked(passage, model, runner) for passage, _ in passages]
+        means = runner.embed(tokens, passages[0][1], gone)
+        vectors: list[list[float]] = functional.normalize(means, dim=-1).tolist()
+        return vectors
 
     def close(self) -> None:
         """Stop; requests that are under way end with Unavailable."""
@@ -156,22 +169,35 @@ def _checked(prompt: list[int], model: BaseModel, runner: Runner) -> list[int]:
     return prompt
 
 
-def _chunks(request: Request, text: TextStream) -> Iterator[Chunk]:
-    """Turn a request's events into chunks."""
-    length, count = len(request.prompt), 0
-    while True:
-        event = request.events.get()
-        if request.gone.is_set():
+def _samplers(sampling: Sampling) -> Iterator[Sampler]:
+    """Yield a sampler a candidate."""
+    for index in range(sampling.candidates):
+        seed = None if sampling.seed is None else sampling.seed + index
+        yield Sampler(replace(sampling, seed=seed))
+
+
+def _chunks(requests: Sequence[Request], texts: Sequence[TextStream]) -> Iterator[Chunk]:
+    """Turn the events of one answer's candidates, which share a queue, into chunks."""
+    length, counts, left = len(requests[0].prompt), [0] * len(requests), set(range(len(requests)))
+    while left:
+        index, event = requests[0].events.get()
+        if requests[0].gone.is_set():
             raise Cancelled("The client went away.")
+        if index not in left:
+            continue  # a stop sequence ended it before the runner noticed
         if isinstance(event, ApiError):
             raise event
+        text = texts[index]
         if isinstance(event, Ended):
-            yield Chunk(text.flush(), length, count, event.finish_reason)
-            return
+            left.remove(index)
+            yield Chunk(text.flush(), length, counts[index], event.finish_reason, index)
+            continue
         certain = text.push(event)
         if text.stopped:
-            yield Chunk(certain, length, count, protos.Candidate.STOP)
-            return
-        count += 1
+            left.remove(index)
+            requests[index].abandoned = True
+            yield Chunk(certain, length, counts[index], protos.Candidate.STOP, index)
+            continue
+        counts[index] += 1
         if certain:
-            yield Chunk(certain, length, count)
+            yield Chunk(certain, length, counts[index], index=index)

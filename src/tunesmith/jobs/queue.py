@@ -33,6 +33,7 @@ class Claim:
     Attributes:
         attempt: The fencing token: how often the job has been claimed.
         recorded_steps: The steps that earlier attempts finished.
+        start: Path of the adapter that training starts from; None to start from the base model alone.
         checkpoint: Path of the newest checkpoint in the artifact store.
     """
 
@@ -45,6 +46,7 @@ class Claim:
     training_data: protos.Dataset
     seed: int
     recorded_steps: int
+    start: str | None
     checkpoint: str | None
     cancelled: bool
 
@@ -53,15 +55,15 @@ class JobQueue:
     """Jobs in the database; safe to share between threads and processes."""
 
     def __init__(self, database: Database, lease_seconds: float) -> None:
-        self._database = database
+        self.database = database
         self.lease_seconds = lease_seconds
 
     def claim(self, worker: str) -> Claim | None:
         """Give the oldest job that nobody works on to a worker; None when there is none."""
-        with self._database.read() as session:
+        with self.database.read() as session:
             if session.scalars(_claimable()).first() is None:
                 return None
-        with self._database.write() as session:
+        with self.database.write() as session:
             job = session.scalars(_claimable().with_for_update(skip_locked=True)).first()
             if job is None:
                 return None
@@ -88,6 +90,7 @@ class JobQueue:
                 training_data=protos.Dataset.FromString(job.training_data),
                 seed=job.seed,
                 recorded_steps=recorded or 0,
+                start=job.start,
                 checkpoint=job.checkpoint,
                 cancelled=job.cancelled,
             )
@@ -133,7 +136,7 @@ class JobQueue:
 
     def release(self, worker: str) -> None:
         """End the leases of a worker that is known to be dead."""
-        with self._database.write() as session:
+        with self.database.write() as session:
             session.execute(
                 update(Job).where(Job.worker == worker, Job.state == "running").values(lease_until=0.0)
             )
@@ -141,7 +144,7 @@ class JobQueue:
     @contextmanager
     def _held(self, claim: Claim) -> Iterator[tuple[Session, Job]]:
         """A transaction in which the claim is known to hold."""
-        with self._database.write() as session:
+        with self.database.write() as session:
             job = session.scalars(select(Job).where(Job.id == claim.job).with_for_update()).first()
             if job is None or (job.worker, job.attempt, job.state) != (
                 claim.worker,

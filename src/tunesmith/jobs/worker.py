@@ -15,9 +15,10 @@ from tunesmith.base_models.catalog import BaseModel, Catalog
 from tunesmith.base_models.device import pick_device
 from tunesmith.base_models.prompts import FORMATS
 from tunesmith.config import Settings
-from tunesmith.errors import ApiError, Cancelled
+from tunesmith.errors import ApiError, Cancelled, FailedPrecondition
 from tunesmith.jobs.queue import Claim, JobQueue, LeaseLost
 from tunesmith.store.artifacts import ArtifactStore
+from tunesmith.store.sweep import sweep_model
 from tunesmith.training import examples
 from tunesmith.training.examples import Row
 from tunesmith.training.loop import Base, TuningRun
@@ -126,17 +127,19 @@ class Worker:
                 logger.warning("job %s failed: %s", claim.job, error.message)
                 self._queue.fail(claim, error)
                 self._artifacts.delete(_folder(claim))
+                self._release(claim)
 
     def _train(self, claim: Claim, lease: Lease, stop: threading.Event) -> None:
         model = self._catalog.get(f"models/{claim.base}")
         base = self._load(model)
+        start = self._start(claim, base)
         rows = examples.tokenize(
             claim.training_data.examples,
             FORMATS[model.prompt_format],
             base.tokenizer,
             model.tuning_token_limit,
         )
-        with TuningRun(base, rows, claim.hyperparameters, claim.seed) as run:
+        with TuningRun(base, rows, claim.hyperparameters, claim.seed, start=start) as run:
             if claim.checkpoint:
                 run.restore(self._artifacts.read(claim.checkpoint))
             checkpointed = time.monotonic()
@@ -156,6 +159,28 @@ class Worker:
                     checkpointed = time.monotonic()
             self._publish(claim, run)
 
+    def _start(self, claim: Claim, base: Base) -> dict[str, bytes] | None:
+        """Return the files of the adapter that a job starts from.
+
+        Raises:
+            FailedPrecondition: It was trained on other weights, or with another prompt format.
+        """
+        if claim.start is None:
+            return None
+        manifest, model = self._artifacts.manifest(claim.start), base.weights.model
+        for field, own in (("weights_sha256", base.weights.sha256), ("prompt_format", model.prompt_format)):
+            if manifest.get(field) != own:
+                raise FailedPrecondition(
+                    f"The parent's adapter was trained with the {field} {manifest.get(field)!r}, and this "
+                    f"machine's models/{model.id} has {own!r}: tune the parent again, or the base model."
+                )
+        return self._artifacts.read(claim.start)
+
+    def _release(self, claim: Claim) -> None:
+        """Remove the adapter that the job started from when its model was deleted meanwhile."""
+        if claim.start:
+            sweep_model(self._queue.database, self._artifacts, claim.start.split("/")[1])
+
     def _checkpoint(self, claim: Claim, run: TuningRun) -> None:
         if run.step < run.total_steps:
             about = {"kind": "checkpoint", "step": run.step}
@@ -170,7 +195,9 @@ class Worker:
                 "with the weights it had then, but unpredictable; delete it when you do not need it."
             )
         files, finish = run.adapter.to_files(claim.base), partial(self._queue.finish, error=error)
-        self._store(claim, f"adapter-{claim.attempt}", files, run.manifest(), finish)
+        about = {**run.manifest(), "started_from": claim.start}
+        self._store(claim, f"adapter-{claim.attempt}", files, about, finish)
+        self._release(claim)
         logger.info("job %s: tunedModels/%s is ACTIVE", claim.job, claim.tuned_model)
 
     def _store(

@@ -1,124 +1,150 @@
-"""GenerativeService: answers from base models and tuned models."""
+"""GenerativeService: answers from base models and tuned models, and embeddings from base models."""
 
+import math
 import secrets
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
-
-from sqlalchemy import select
 
 from tunesmith import protos
 from tunesmith.base_models import weights
-from tunesmith.base_models.catalog import BaseModel, Catalog
+from tunesmith.base_models.catalog import Catalog
 from tunesmith.base_models.prompts import Turn
 from tunesmith.caller import Caller
-from tunesmith.engines.base import Chunk, Engine, Sampling
-from tunesmith.errors import FailedPrecondition, InvalidArgument, NotFound, Unimplemented
-from tunesmith.services import access
+from tunesmith.engines.base import Chunk, Engine
+from tunesmith.errors import InvalidArgument, Unimplemented
+from tunesmith.services.targets import Targets, conversation, question, sampling, text_of
 from tunesmith.store.database import Database
-from tunesmith.store.tables import Job
 
-MOST_STOP_SEQUENCES = 5
-LONGEST_INPUT = 40_000
-_CONFIG = "GenerateContentRequest.generation_config"
-
-
-@dataclass(frozen=True)
-class Target:
-    """The model that answers, and what it answers with when the request does not say."""
-
-    name: str
-    base: BaseModel
-    adapter: str | None
-    temperature: float
-    top_p: float
-    top_k: int
+MOST_EMBEDDINGS = 100
+_REQUEST = "GenerateContentRequest"
 
 
 class GenerativeService:
     """The inference half of google.ai.generativelanguage.v1beta.GenerativeService."""
 
     def __init__(self, database: Database, engine: Engine, catalog: Catalog, cache_dir: Path) -> None:
-        self._database, self._engine, self._catalog = database, engine, catalog
+        self._targets, self._engine = Targets(database, catalog), engine
         self._cache_dir = cache_dir
 
     def generate_content(
         self, request: protos.GenerateContentRequest, caller: Caller
     ) -> protos.GenerateContentResponse:
-        """Return a whole answer."""
-        chunks = list(self.stream_generate_content(request, caller))
-        response = chunks[-1]
-        text = "".join(part.text for chunk in chunks for part in chunk.candidates[0].content.parts)
-        del response.candidates[0].content.parts[:]
-        response.candidates[0].content.parts.add(text=text)
-        return response
+        """Return a whole answer, with all its candidates."""
+        texts: dict[int, list[str]] = {}
+        ends: dict[int, int] = {}
+        for chunk in self.stream_generate_content(request, caller):
+            for candidate in chunk.candidates:
+                texts.setdefault(candidate.index, []).extend(part.text for part in candidate.content.parts)
+                ends[candidate.index] = candidate.finish_reason
+        del chunk.candidates[:]
+        for index in sorted(texts):
+            candidate = chunk.candidates.add(index=index, finish_reason=ends[index])
+            candidate.content.role = "model"
+            candidate.content.parts.add(text="".join(texts[index]))
+        return chunk
 
     def stream_generate_content(
         self, request: protos.GenerateContentRequest, caller: Caller
     ) -> Iterator[protos.GenerateContentResponse]:
-        """Yield an answer piece by piece; the last piece has the finish reason."""
-        _refuse_unimplemented(request)
-        target = self._target(request.model, caller, "generateContent")
-        turns = _turns(request.contents, "GenerateContentRequest.contents")
-        sampling = _sampling(request.generation_config, target)
+        """Yield an answer piece by piece; each candidate's last piece has its finish reason."""
+        _refuse_unimplemented(request, _REQUEST)
+        target = self._targets.find(request.model, caller, "generateContent")
+        turns = _turns(request, _REQUEST)
+        question(turns, request.contents, f"{_REQUEST}.contents")
+        config = request.generation_config
+        chosen = sampling(config, target, f"{_REQUEST}.generation_config")
+        if config.HasField("seed"):
+            chosen = replace(chosen, seed=config.seed)
         version = weights.get(target.base, self._cache_dir).version
         response_id = secrets.token_urlsafe(12)
-        for chunk in self._engine.generate(target.base, target.adapter, turns, sampling, caller.gone):
-            yield _response(chunk, version, response_id)
+        output_tokens = [0] * chosen.candidates
+        for chunk in self._engine.generate(target.base, target.adapter, turns, chosen, caller.gone):
+            output_tokens[chunk.index] = chunk.output_tokens
+            yield _response(chunk, sum(output_tokens), version, response_id)
 
     def count_tokens(self, request: protos.CountTokensRequest, caller: Caller) -> protos.CountTokensResponse:
         """Return how many tokens a prompt is, as the model sees it."""
-        contents = request.contents or request.generate_content_request.contents
-        target = self._target(request.model, caller, "countTokens")
-        turns = _turns(contents, "CountTokensRequest.contents")
+        path = "CountTokensRequest"
+        if request.HasField("generate_content_request"):
+            path += ".generate_content_request"
+            if request.contents:
+                raise InvalidArgument.at([(path, "give contents or generate_content_request, not both")])
+            asked = request.generate_content_request
+            _refuse_unimplemented(asked, path)
+        else:
+            asked = protos.GenerateContentRequest(contents=request.contents)
+        target = self._targets.find(request.model, caller, "countTokens")
+        turns = _turns(asked, path)
         return protos.CountTokensResponse(
             total_tokens=self._engine.count_tokens(target.base, target.adapter, turns)
         )
 
-    def _target(self, name: str, caller: Caller, method: str) -> Target:
-        if not name.startswith("tunedModels/"):
-            base = self._catalog.find(name)
-            if base is None:
-                raise NotFound(
-                    f"{name} is not found for API version v1beta, or is not supported for {method}. Call "
-                    "ListModels to see the list of available models and their supported methods."
+    def embed_content(self, request: protos.EmbedContentRequest, caller: Caller) -> protos.EmbedContentResponse:
+        """Return a text's embedding: the mean of the base model's last hidden states, of length 1.
+
+        These models were not trained to embed: texts that are alike lie near each other, but a model made for
+        search does better. A title goes before the text; the task type changes nothing.
+        """
+        base = self._targets.base(request.model, "embedContent")
+        text = _passage(request, "EmbedContentRequest")
+        (vector,) = self._engine.embed(base, [text], caller.gone)
+        return protos.EmbedContentResponse(embedding=_embedding(vector, request, "EmbedContentRequest"))
+
+    def batch_embed_contents(
+        self, request: protos.BatchEmbedContentsRequest, caller: Caller
+    ) -> protos.BatchEmbedContentsResponse:
+        """Return the embeddings of several texts, in their order; see `embed_content`."""
+        path = "BatchEmbedContentsRequest.requests"
+        base = self._targets.base(request.model, "batchEmbedContents")
+        if not 1 <= len(request.requests) <= MOST_EMBEDDINGS:
+            reason = f"must be between 1 and {MOST_EMBEDDINGS} requests, not {len(request.requests)}"
+            raise InvalidArgument.at([(path, reason)])
+        for number, one in enumerate(request.requests):
+            if one.model not in ("", request.model):
+                raise InvalidArgument.at(
+                    [(f"{path}[{number}].model", f"must be {request.model} as the batch's, not {one.model!r}")]
                 )
-            return Target(name, base, None, base.temperature, base.top_p, base.top_k)
-        with self._database.read() as session:
-            row = access.tuned_model(session, caller, name)
-            if row.adapter is None:
-                job = session.scalars(select(Job).where(Job.tuned_model == row.id)).one()
-                raise _not_active(name, row.state, job)
-            message = protos.TunedModel.FromString(row.message)
-            return Target(
-                name,
-                self._catalog.get(f"models/{row.base}"),
-                row.adapter,
-                message.temperature,
-                message.top_p,
-                message.top_k,
-            )
-
-
-def _not_active(name: str, state: int, job: Job) -> FailedPrecondition:
-    if state == protos.TunedModel.CREATING:
-        operation = f"{name}/operations/{job.id}"
-        return FailedPrecondition(
-            f"Tuned model {name} is in state CREATING: wait until its operation {operation} is done."
+        texts = [_passage(one, f"{path}[{number}]") for number, one in enumerate(request.requests)]
+        vectors = self._engine.embed(base, texts, caller.gone)
+        return protos.BatchEmbedContentsResponse(
+            embeddings=[
+                _embedding(vector, one, f"{path}[{number}]")
+                for number, (one, vector) in enumerate(zip(request.requests, vectors, strict=True))
+            ]
         )
-    reason = protos.Status.FromString(job.error or b"").message
-    return FailedPrecondition(f"Tuned model {name} is in state FAILED: {reason}")
 
 
-def _refuse_unimplemented(request: protos.GenerateContentRequest) -> None:
+def _turns(request: protos.GenerateContentRequest, path: str) -> list[Turn]:
+    system = request.system_instruction if request.HasField("system_instruction") else None
+    return conversation(request.contents, f"{path}.contents", system, f"{path}.system_instruction")
+
+
+def _passage(request: protos.EmbedContentRequest, path: str) -> str:
+    text = text_of(request.content, f"{path}.content")
+    if not text:
+        raise InvalidArgument.at([(f"{path}.content", "the text is empty")])
+    return f"{request.title}\n{text}" if request.title else text
+
+
+def _embedding(vector: list[float], request: protos.EmbedContentRequest, path: str) -> protos.ContentEmbedding:
+    """Return a vector, or its beginning brought to length 1 again."""
+    if request.HasField("output_dimensionality"):
+        size = request.output_dimensionality
+        if not 1 <= size <= len(vector):
+            reason = f"must be between 1 and {len(vector)}, the model's own, not {size}"
+            raise InvalidArgument.at([(f"{path}.output_dimensionality", reason)])
+        length = math.hypot(*vector[:size]) or 1.0
+        vector = [value / length for value in vector[:size]]
+    return protos.ContentEmbedding(values=vector)
+
+
+def _refuse_unimplemented(request: protos.GenerateContentRequest, path: str) -> None:
     """Name what the request asks for and this server does not do, instead of doing without it."""
     config = request.generation_config
     asked = {
         "tools": bool(request.tools),
-        "system_instruction": bool(request.system_instruction.parts),
         "cached_content": bool(request.cached_content),
-        "generation_config.candidate_count above 1": config.candidate_count > 1,
         "generation_config.response_mime_type": config.response_mime_type not in ("", "text/plain"),
         "generation_config.response_schema": config.HasField("response_schema"),
         "generation_config.response_json_schema": (
@@ -133,87 +159,21 @@ def _refuse_unimplemented(request: protos.GenerateContentRequest) -> None:
     }
     if wanted := [field for field, is_asked in asked.items() if is_asked]:
         raise Unimplemented(
-            "; ".join(f"GenerateContentRequest.{field} is not implemented by this server" for field in wanted)
-            + "."
+            "; ".join(f"{path}.{field} is not implemented by this server" for field in wanted) + "."
         )
 
 
-def _turns(contents: Sequence[protos.Content], path: str) -> list[Turn]:
-    """Return the conversation; contents of one role in a row are one turn."""
-    if not contents:
-        raise InvalidArgument.at([(path, "contents is not specified")])
-    turns: list[Turn] = []
-    for number, content in enumerate(contents):
-        if content.role not in ("", "user", "model"):
-            raise InvalidArgument.at(
-                [(f"{path}[{number}].role", f"please use a valid role: user, model, not {content.role!r}")]
-            )
-        role: Literal["user", "model"] = "model" if content.role == "model" else "user"
-        text = "".join(_text(part, f"{path}[{number}].parts[{i}]") for i, part in enumerate(content.parts))
-        if turns and turns[-1].role == role:
-            turns[-1] = Turn(role, f"{turns[-1].text}\n{text}")
-        else:
-            turns.append(Turn(role, text))
-    if turns[-1].role != "user":
-        raise InvalidArgument.at([(path, "the last content must be the user's")])
-    if not turns[-1].text:
-        raise InvalidArgument.at([(f"{path}[{len(contents) - 1}].parts", "the text is empty")])
-    length = sum(len(turn.text) for turn in turns)
-    if length > LONGEST_INPUT:
-        raise InvalidArgument.at([(path, f"must be at most {LONGEST_INPUT:,} characters long, not {length:,}")])
-    return turns
-
-
-def _text(part: protos.Part, path: str) -> str:
-    kind = part.WhichOneof("data")
-    if kind not in (None, "text"):
-        raise Unimplemented(f"{path}: {kind} is not implemented by this server; text is.")
-    return part.text
-
-
-def _sampling(config: protos.GenerationConfig, target: Target) -> Sampling:
-    """Return how tokens are chosen: what the request says, else what the model says."""
-    limit = target.base.output_token_limit
-    sampling = Sampling(
-        temperature=config.temperature if config.HasField("temperature") else target.temperature,
-        top_p=config.top_p if config.HasField("top_p") else target.top_p,
-        top_k=config.top_k if config.HasField("top_k") else target.top_k,
-        max_output_tokens=config.max_output_tokens if config.HasField("max_output_tokens") else limit,
-        seed=config.seed if config.HasField("seed") else None,
-        stop_sequences=tuple(config.stop_sequences),
-    )
-    bad = {
-        "temperature": (
-            0 <= sampling.temperature <= 2,
-            f"must be between 0 and 2, not {sampling.temperature:g}",
-        ),
-        "top_p": (0 <= sampling.top_p <= 1, f"must be between 0 and 1, not {sampling.top_p:g}"),
-        "top_k": (sampling.top_k >= 0, f"must not be negative, not {sampling.top_k}"),
-        "max_output_tokens": (
-            1 <= sampling.max_output_tokens <= limit,
-            f"must be between 1 and {limit}, not {sampling.max_output_tokens}",
-        ),
-        "stop_sequences": (
-            len(sampling.stop_sequences) <= MOST_STOP_SEQUENCES and all(sampling.stop_sequences),
-            f"must be at most {MOST_STOP_SEQUENCES} texts, none of them empty",
-        ),
-    }
-    if violations := [(f"{_CONFIG}.{field}", reason) for field, (fine, reason) in bad.items() if not fine]:
-        raise InvalidArgument.at(violations)
-    return sampling
-
-
-def _response(chunk: Chunk, version: str, response_id: str) -> protos.GenerateContentResponse:
+def _response(chunk: Chunk, output_tokens: int, version: str, response_id: str) -> protos.GenerateContentResponse:
     response = protos.GenerateContentResponse(
         model_version=version,
         response_id=response_id,
         usage_metadata=protos.GenerateContentResponse.UsageMetadata(
             prompt_token_count=chunk.prompt_tokens,
-            candidates_token_count=chunk.output_tokens,
-            total_token_count=chunk.prompt_tokens + chunk.output_tokens,
+            candidates_token_count=output_tokens,
+            total_token_count=chunk.prompt_tokens + output_tokens,
         ),
     )
-    candidate = response.candidates.add(index=0, finish_reason=chunk.finish_reason)
+    candidate = response.candidates.add(index=chunk.index, finish_reason=chunk.finish_reason)
     candidate.content.role = "model"
     candidate.content.parts.add(text=chunk.text)
     return response

@@ -9,21 +9,20 @@ from sqlalchemy import delete, select, tuple_
 from sqlalchemy.exc import IntegrityError
 
 from tunesmith import protos
-from tunesmith.base_models.catalog import BaseModel, Catalog
+from tunesmith.base_models.catalog import Catalog
 from tunesmith.caller import Caller
-from tunesmith.errors import AlreadyExists, InvalidArgument, NotFound, Unimplemented
-from tunesmith.services import access, paging
-from tunesmith.services.messages import tuned_model_message
+from tunesmith.errors import AlreadyExists, InvalidArgument
+from tunesmith.services import access, datasets, filter, lineage, paging
+from tunesmith.services.messages import tuned_model_message, tuned_model_messages
 from tunesmith.services.operations import operation_message
 from tunesmith.store.artifacts import ArtifactStore
 from tunesmith.store.database import Database
-from tunesmith.store.tables import DeletedModel, Job, TunedModel
+from tunesmith.store.sweep import sweep_model
+from tunesmith.store.tables import Job, TunedModel
 from tunesmith.store.times import now_in_microseconds
 from tunesmith.training import hyperparameters
 
 LONGEST_DISPLAY_NAME = 40
-LONGEST_INPUT = 40_000
-LONGEST_OUTPUT = 5_000
 MOST_VIOLATIONS = 50
 DEFAULT_MODELS_PAGE = 50
 DEFAULT_TUNED_MODELS_PAGE = 10
@@ -40,6 +39,7 @@ class ModelService:
     def __init__(self, database: Database, artifacts: ArtifactStore, catalog: Catalog, seed: int) -> None:
         self._database, self._artifacts, self._catalog = database, artifacts, catalog
         self._seed = seed
+        self._tokens = paging.PageTokens(database)
 
     def get_model(self, request: protos.GetModelRequest, _caller: Caller) -> protos.Model:
         """Return a base model, under the name that was asked for."""
@@ -48,62 +48,53 @@ class ModelService:
     def list_models(self, request: protos.ListModelsRequest, _caller: Caller) -> protos.ListModelsResponse:
         """Return the base models and their aliases."""
         size = paging.page_size(request.page_size, DEFAULT_MODELS_PAGE, "ListModelsRequest")
-        after = paging.decode(request.page_token, "models", request="ListModelsRequest")
+        after = self._tokens.decode(request.page_token, "models", request="ListModelsRequest")
         names = self._catalog.names()
         start = int(after[0]) if after else 0
         response = protos.ListModelsResponse(
             models=[self._catalog.get(name).to_message(name) for name in names[start : start + size]]
         )
         if start + size < len(names):
-            response.next_page_token = paging.encode((start + size, ""), "models")
+            response.next_page_token = self._tokens.encode((start + size, ""), "models")
         return response
 
     def create_tuned_model(self, request: protos.CreateTunedModelRequest, caller: Caller) -> protos.Operation:
         """Accept a tuning job: the model, CREATING, and its job are written in one transaction."""
-        base = self._source(request.tuned_model)
-        _refuse(list(_violations(request)))
-        model = protos.TunedModel()
-        model.CopyFrom(request.tuned_model)
-        examples = model.tuning_task.training_data.examples.examples
-        task = protos.TuningTask(
-            hyperparameters=hyperparameters.resolve(model.tuning_task.hyperparameters, len(examples))
-        )
-        training_data = model.tuning_task.training_data.SerializeToString()
-        model.tuning_task.CopyFrom(task)  # the training data is input only: it is kept with the job
-        model_id = request.tuned_model_id or generate_id(model.display_name)
-        model.name = f"tunedModels/{model_id}"
-        model.state = protos.TunedModel.CREATING
-        model.create_time.CopyFrom(now_in_microseconds())
-        model.update_time.CopyFrom(model.create_time)
-        for field in ("temperature", "top_p", "top_k"):
-            if not model.HasField(field):
-                setattr(model, field, getattr(base, field))
-        row = TunedModel(
-            id=model_id,
-            owner=caller.account,
-            base=base.id,
-            message=model.SerializeToString(),
-            state=model.state,
-            create_time=model.create_time.ToMicroseconds() / 1e6,
-        )
-        job = Job(
-            id=_random(12),
-            tuned_model=model_id,
-            state="queued",
-            training_data=training_data,
-            seed=self._seed,
-            total_steps=hyperparameters.total_steps(len(examples), task.hyperparameters),
-            create_time=row.create_time,
-        )
+        given = request.tuned_model
+        _refuse([*lineage.violations(self._catalog, given), *_violations(request)])
+        training_data = given.tuning_task.training_data.SerializeToString()
+        rows = datasets.count(given.tuning_task.training_data)
+        resolved = hyperparameters.resolve(given.tuning_task.hyperparameters, rows)
+        model_id = request.tuned_model_id or generate_id(given.display_name)
         try:
             with self._database.write() as session:
+                source = lineage.source(session, self._catalog, caller, given)
+                model = _new(given, f"tunedModels/{model_id}", source, resolved)
+                row = TunedModel(
+                    id=model_id,
+                    owner=caller.account,
+                    base=source.base.id,
+                    message=model.SerializeToString(),
+                    state=model.state,
+                    create_time=model.create_time.ToMicroseconds() / 1e6,
+                )
+                job = Job(
+                    id=_random(12),
+                    tuned_model=model_id,
+                    state="queued",
+                    training_data=training_data,
+                    seed=self._seed,
+                    total_steps=hyperparameters.total_steps(rows, resolved),
+                    create_time=row.create_time,
+                    start=source.adapter,
+                )
                 session.add(row)
                 session.flush()
                 session.add(job)
                 session.flush()
                 return operation_message(session, job, row)
         except IntegrityError:
-            raise AlreadyExists(f"Tuned model {model.name} already exists.") from None
+            raise AlreadyExists(f"Tuned model tunedModels/{model_id} already exists.") from None
 
     def get_tuned_model(self, request: protos.GetTunedModelRequest, caller: Caller) -> protos.TunedModel:
         """Return a tuned model."""
@@ -113,35 +104,32 @@ class ModelService:
     def list_tuned_models(
         self, request: protos.ListTunedModelsRequest, caller: Caller
     ) -> protos.ListTunedModelsResponse:
-        """Return the caller's tuned models, oldest first."""
-        if request.filter not in ("", "owner:me"):
-            raise Unimplemented(
-                f"ListTunedModelsRequest.filter {request.filter!r} is not implemented by this server; owner:me is."
-            )
+        """Return the tuned models that the filter selects, oldest first."""
         size = paging.page_size(request.page_size, DEFAULT_TUNED_MODELS_PAGE, "ListTunedModelsRequest")
         call = ("tunedModels", caller.account, request.filter)
-        after = paging.decode(request.page_token, *call, request="ListTunedModelsRequest")
-        wanted = select(TunedModel).where(TunedModel.owner == caller.account)
+        after = self._tokens.decode(request.page_token, *call, request="ListTunedModelsRequest")
+        wanted = select(TunedModel).where(filter.condition(request.filter, caller))
         if after:
             wanted = wanted.where(tuple_(TunedModel.create_time, TunedModel.id) > after)
         with self._database.read() as session:
             rows = session.scalars(wanted.order_by(TunedModel.create_time, TunedModel.id).limit(size + 1)).all()
-            response = protos.ListTunedModelsResponse(
-                tuned_models=[tuned_model_message(session, row) for row in rows[:size]]
-            )
+            response = protos.ListTunedModelsResponse(tuned_models=tuned_model_messages(session, rows[:size]))
         if len(rows) > size:
             last = rows[size - 1]
-            response.next_page_token = paging.encode((last.create_time, last.id), *call)
+            response.next_page_token = self._tokens.encode((last.create_time, last.id), *call)
         return response
 
     def update_tuned_model(self, request: protos.UpdateTunedModelRequest, caller: Caller) -> protos.TunedModel:
-        """Change the fields of the mask, or without a mask every field that is set and can be changed."""
+        """Change the fields of the mask, or without a mask every field that is set and can be changed.
+
+        The mask `*` means every field that can be changed: what is not set is cleared.
+        """
         given = request.tuned_model
         fields = _masked(request.update_mask) or [
             field.name for field, _ in given.ListFields() if field.name in MUTABLE
         ]
         with self._database.write() as session:
-            row = access.tuned_model(session, caller, given.name)
+            row = access.tuned_model(session, caller, given.name, access.WRITER, lock=True)
             message = protos.TunedModel.FromString(row.message)
             base = self._catalog.models[row.base]
             for field in fields:
@@ -160,26 +148,36 @@ class ModelService:
     def delete_tuned_model(self, request: protos.DeleteTunedModelRequest, caller: Caller) -> protos.Empty:
         """Delete a tuned model with its data and its artifacts; a job that makes it ends."""
         with self._database.write() as session:
-            row = access.tuned_model(session, caller, request.name)
-            session.merge(DeletedModel(id=row.id, owner=row.owner))
+            row = access.tuned_model(session, caller, request.name, access.OWNER)
+            access.remember_who_knew(session, row)
+            starts = session.scalars(select(Job.start).where(Job.tuned_model == row.id)).all()
+            unused = {row.id, *(start.split("/")[1] for start in starts if start)}
             session.execute(delete(TunedModel).where(TunedModel.id == row.id))  # jobs and snapshots follow
-        self._artifacts.delete(request.name)
+        for model_id in unused:
+            sweep_model(self._database, self._artifacts, model_id)
         return protos.Empty()
-
-    def _source(self, model: protos.TunedModel) -> BaseModel:
-        """Return the base model that is to be tuned."""
-        if model.HasField("tuned_model_source") or model.base_model.startswith("tunedModels/"):
-            raise Unimplemented(f"{_REQUEST}: tuning a tuned model is not implemented by this server.")
-        if not model.base_model:
-            tunable = ", ".join(f"models/{name}" for name in self._catalog.models)
-            _refuse([(f"{_REQUEST}.base_model", f"base_model is not specified; this server tunes {tunable}")])
-        base = self._catalog.find(model.base_model)
-        if base is None:
-            raise NotFound(f"{model.base_model} is not found for CREATE TUNED MODEL at API version v1beta.")
-        return base
 
 
 _PRESENCE = frozenset(field.name for field in protos.TunedModel.DESCRIPTOR.fields if field.has_presence)
+
+
+def _new(
+    given: protos.TunedModel, name: str, source: lineage.Source, resolved: protos.Hyperparameters
+) -> protos.TunedModel:
+    """Return the message of a model that is to be tuned."""
+    model = protos.TunedModel()
+    model.CopyFrom(given)
+    # Without the training data, which is input only: it is kept with the job.
+    model.tuning_task.CopyFrom(protos.TuningTask(hyperparameters=resolved))
+    source.write(model)
+    model.name = name
+    model.state = protos.TunedModel.CREATING
+    model.create_time.CopyFrom(now_in_microseconds())
+    model.update_time.CopyFrom(model.create_time)
+    for field in ("temperature", "top_p", "top_k"):
+        if not model.HasField(field):
+            setattr(model, field, getattr(source.base, field))
+    return model
 
 
 def generate_id(display_name: str) -> str:
@@ -213,24 +211,7 @@ def _violations(request: protos.CreateTunedModelRequest) -> Iterator[tuple[str, 
     yield from _field_violations(model, _REQUEST)
     for field, reason in hyperparameters.violations(model.tuning_task.hyperparameters):
         yield f"{_REQUEST}.tuning_task.hyperparameters.{field}", reason
-    examples = model.tuning_task.training_data.examples.examples
-    if not examples:
-        yield (
-            f"{_REQUEST}.tuning_task.training_data",
-            "no examples were received. google-genai 1.47.0 and later (and @google/genai from 1.28.0) leave "
-            "training_dataset out of the request: use 1.46.0 (1.27.0), or pass the examples yourself as "
-            "config.http_options.extra_body = {'tuningTask': {'trainingData': {'examples': {'examples': "
-            "[{'textInput': …, 'output': …}]}}}}",
-        )
-    for number, example in enumerate(examples):
-        if not example.text_input:
-            yield f"{_EXAMPLES}[{number}].text_input", "text_input is empty"
-        elif len(example.text_input) > LONGEST_INPUT:
-            yield f"{_EXAMPLES}[{number}].text_input", _too_long(example.text_input, LONGEST_INPUT)
-        if not example.output:
-            yield f"{_EXAMPLES}[{number}].output", "output is empty"
-        elif len(example.output) > LONGEST_OUTPUT:
-            yield f"{_EXAMPLES}[{number}].output", _too_long(example.output, LONGEST_OUTPUT)
+    yield from datasets.violations(model.tuning_task.training_data, f"{_REQUEST}.tuning_task.training_data")
 
 
 def _field_violations(model: protos.TunedModel, path: str) -> Iterator[tuple[str, str]]:
@@ -243,6 +224,9 @@ def _field_violations(model: protos.TunedModel, path: str) -> Iterator[tuple[str
         yield f"{path}.top_p", f"must be above 0 and at most 1, not {model.top_p:g}"
     if model.HasField("top_k") and model.top_k < 1:
         yield f"{path}.top_k", f"must be at least 1, not {model.top_k}"
+    for index, number in enumerate(model.reader_project_numbers):
+        if number < 1:
+            yield f"{path}.reader_project_numbers[{index}]", f"must be a project's number, not {number}"
 
 
 def _too_long(text: str, most: int) -> str:
@@ -255,6 +239,8 @@ def _masked(mask: protos.FieldMask) -> list[str]:
     Raises:
         InvalidArgument: It names a field that cannot be changed.
     """
+    if "*" in mask.paths:
+        return list(MUTABLE)
     fields = [re.sub("[A-Z]", lambda capital: f"_{capital[0].lower()}", path) for path in mask.paths]
     _refuse(
         [

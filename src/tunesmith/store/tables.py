@@ -3,7 +3,9 @@
 from typing import ClassVar
 
 from sqlalchemy import BigInteger, ForeignKey, Index, LargeBinary
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, validates
+
+from tunesmith import protos
 
 
 class Table(DeclarativeBase):
@@ -47,6 +49,58 @@ class ApiKey(Table):
     revoked: Mapped[bool] = mapped_column(default=False)
 
 
+class Group(Table):
+    """People with whom models are shared at once."""
+
+    __tablename__ = "groups"
+
+    email: Mapped[str] = mapped_column(primary_key=True)
+    create_time: Mapped[float]
+
+
+class GroupMember(Table):
+    """An account is in a group."""
+
+    __tablename__ = "group_members"
+
+    group: Mapped[str] = mapped_column(ForeignKey("groups.email", ondelete="CASCADE"), primary_key=True)
+    account: Mapped[str] = mapped_column(
+        ForeignKey("accounts.email", ondelete="CASCADE"), primary_key=True, index=True
+    )
+
+
+class Project(Table):
+    """What `x-goog-user-project` and a model's `readerProjectNumbers` may name."""
+
+    __tablename__ = "projects"
+
+    number: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    id: Mapped[str] = mapped_column(unique=True)
+    create_time: Mapped[float]
+
+
+class ProjectMember(Table):
+    """An account is in a project."""
+
+    __tablename__ = "project_members"
+
+    project: Mapped[int] = mapped_column(
+        BigInteger, ForeignKey("projects.number", ondelete="CASCADE"), primary_key=True
+    )
+    account: Mapped[str] = mapped_column(
+        ForeignKey("accounts.email", ondelete="CASCADE"), primary_key=True, index=True
+    )
+
+
+class Secret(Table):
+    """A key that all servers of one database share, made when it is first needed."""
+
+    __tablename__ = "secrets"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[bytes]
+
+
 class TunedModel(Table):
     """A tuned model: its message without the snapshots, which are rows of their own.
 
@@ -64,17 +118,47 @@ class TunedModel(Table):
     create_time: Mapped[float]
     adapter: Mapped[str | None]
     """Path of the published adapter in the artifact store; None until there is one."""
+    search_text: Mapped[str] = mapped_column(default="", server_default="")
+    """Display name and description in lower case, a line each."""
+    reader_projects: Mapped[str] = mapped_column(default="", server_default="")
+    """The message's reader_project_numbers, a comma before and after each."""
 
     __table_args__ = (Index("tuned_models_by_owner", "owner", "create_time", "id"),)
 
+    @validates("message")
+    def _note_what_is_queried(self, _key: str, message: bytes) -> bytes:
+        model = protos.TunedModel.FromString(message)
+        self.search_text = f"{model.display_name}\n{model.description}".casefold()
+        self.reader_projects = "".join(f",{number}," for number in model.reader_project_numbers)
+        return message
+
+
+class Permission(Table):
+    """A role of somebody who is not the owner; the owner is a column of the model, so there is always one.
+
+    The primary key closes the race of two shares with one grantee, because the id follows from the grantee.
+    """
+
+    __tablename__ = "permissions"
+
+    tuned_model: Mapped[str] = mapped_column(ForeignKey("tuned_models.id", ondelete="CASCADE"), primary_key=True)
+    id: Mapped[str] = mapped_column(primary_key=True)
+    grantee_type: Mapped[int]
+    grantee: Mapped[str]
+    """E-mail address of a user or a group, which need not be known here yet; empty for everyone."""
+    role: Mapped[int]
+    create_time: Mapped[float]
+
+    __table_args__ = (Index("permissions_by_grantee", "grantee_type", "grantee"),)
+
 
 class DeletedModel(Table):
-    """Who owned a model that is gone: they are told that it does not exist, others never knew."""
+    """Who could see a model that is gone: they are told that it does not exist, others never knew."""
 
     __tablename__ = "deleted_models"
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    owner: Mapped[str] = mapped_column(ForeignKey("accounts.email", ondelete="CASCADE"), primary_key=True)
+    account: Mapped[str] = mapped_column(ForeignKey("accounts.email", ondelete="CASCADE"), primary_key=True)
 
 
 class Job(Table):
@@ -101,6 +185,8 @@ class Job(Table):
     worker: Mapped[str | None]
     lease_until: Mapped[float | None]
     cancelled: Mapped[bool] = mapped_column(default=False)
+    start: Mapped[str | None]
+    """Path of the adapter that training starts from, the parent's; it is kept until the job is done."""
     checkpoint: Mapped[str | None]
     """Path of the newest checkpoint in the artifact store."""
     error: Mapped[bytes | None]

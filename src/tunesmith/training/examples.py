@@ -13,13 +13,30 @@ from tunesmith.base_models.prompts import PromptFormat, Turn
 
 @dataclass(frozen=True)
 class Row:
-    """One example as token ids; only the output's tokens are learnt."""
+    """One example as token ids; only the answers' tokens are learnt.
+
+    Attributes:
+        prompt: What comes before the last answer.
+        output: The last answer.
+        earlier: Where in the prompt the earlier answers of a conversation begin and end.
+    """
 
     prompt: list[int]
     output: list[int]
+    earlier: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.output)
+
+    @property
+    def answers(self) -> list[tuple[int, int]]:
+        """Where all answers begin and end."""
+        return [*self.earlier, (len(self.prompt), len(self))]
+
+    @property
+    def learnt(self) -> int:
+        """How many tokens are learnt."""
+        return sum(end - start for start, end in self.answers)
 
 
 def tokenize(
@@ -27,19 +44,49 @@ def tokenize(
 ) -> list[Row]:
     """Return a row an example, each of at most `limit` tokens.
 
-    A longer row loses the beginning of its input, the part farthest from the answer; an output that is
-    longer by itself loses its end.
+    A longer row loses what is farthest from its last answer: a conversation its oldest inputs with their
+    answers, and an input its beginning; an answer that is longer by itself loses its end.
     """
-    opening = prompt_format.opening(tokenizer)
-    rows = []
-    for example in examples.examples:
-        prompt = prompt_format.prompt(tokenizer, [Turn("user", example.text_input)])
-        output = prompt_format.output(tokenizer, example.output)[: limit - len(opening) - 1]
-        excess = len(prompt) + len(output) - limit
-        if excess > 0:
-            prompt = opening + prompt[len(opening) + excess :]
-        rows.append(Row(prompt, output))
-    return rows
+    conversations = [
+        *([Turn("user", pair.text_input), Turn("model", pair.output)] for pair in examples.examples),
+        *(_turns(example) for example in examples.multiturn_examples),
+    ]
+    return [_row(turns, prompt_format, tokenizer, limit) for turns in conversations]
+
+
+def _turns(example: protos.TuningMultiturnExample) -> list[Turn]:
+    """Return a conversation's turns, which alternate whether they name their roles or not."""
+    system = _text(example.system_instruction)
+    turns = [Turn("system", system)] if system else []
+    for number, content in enumerate(example.contents):
+        turns += [Turn("model" if number % 2 else "user", _text(content))]
+    return turns
+
+
+def _text(content: protos.TuningContent) -> str:
+    return "".join(part.text for part in content.parts)
+
+
+def _row(turns: Sequence[Turn], form: PromptFormat, tokenizer: Tokenizer, limit: int) -> Row:
+    system = [turn for turn in turns[:1] if turn.role == "system"]
+    *inputs, answer = turns[len(system) :]
+    bare = form.opening(tokenizer)
+    opening = form.opening(tokenizer, system[0].text) if system else bare
+    output = form.output(tokenizer, answer.text)[: limit - len(bare) - 1]
+    room = limit - len(output)
+    head = len(form.prompt(tokenizer, system))
+    prompt, earlier = form.conversation(tokenizer, [*system, *inputs])
+    while earlier and len(prompt) > room:  # once, or again when tokens that span texts make the guess wrong
+        ends = (end + len(form.between) - head for _, end in earlier)
+        enough = (n for n, gone in enumerate(ends, 1) if len(prompt) - gone <= room)
+        inputs = inputs[2 * next(enough, len(earlier)) :]
+        prompt, earlier = form.conversation(tokenizer, [*system, *inputs])
+    excess = len(prompt) - room
+    if excess > 0:
+        if 2 * len(opening) > room:
+            opening = bare  # a system instruction that leaves the input no room loses its own beginning
+        prompt = opening + prompt[len(opening) + excess :]
+    return Row(prompt, output, tuple(earlier))
 
 
 def order(rows: int, seed: int, first: int = 0) -> Iterator[int]:
@@ -62,7 +109,7 @@ class Batch:
         tokens: (rows, length) token ids.
         attention: (rows, length), 1 where there is a token.
         positions: (targets, 2) row and column whose hidden state predicts a target.
-        targets: (targets,) output tokens to be predicted.
+        targets: (targets,) answers' tokens to be predicted.
     """
 
     tokens: torch.Tensor
@@ -78,10 +125,12 @@ def collate(rows: Sequence[Row], device: torch.device) -> Batch:
     attention = torch.zeros(len(rows), length, dtype=torch.long)
     positions, targets = [], []
     for number, row in enumerate(rows):
-        tokens[number, : len(row)] = torch.tensor(row.prompt + row.output)
+        ids = row.prompt + row.output
+        tokens[number, : len(row)] = torch.tensor(ids)
         attention[number, : len(row)] = 1
-        positions += [(number, column) for column in range(len(row.prompt) - 1, len(row) - 1)]
-        targets += row.output
+        for start, end in row.answers:
+            positions += [(number, column) for column in range(start - 1, end - 1)]
+            targets += ids[start:end]
     return Batch(
         tokens.to(device),
         attention.to(device),

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, Self
 
@@ -88,6 +88,18 @@ class TuningRun:
     Use as a context manager: at its end the base model is free for the next job. With the same rows,
     hyperparameters, seed, machine and number of threads the losses are equal to the last bit, also when the
     run is interrupted and another one restores its checkpoint. Nothing is drawn at random after the start.
+
+    Args:
+        base: The base model.
+        rows: The examples.
+        given: Resolved hyperparameters.
+        seed: Of the examples' order and of a new adapter's weights.
+        recipe: What is not a hyperparameter.
+        start: Files of an adapter whose weights training goes on from, instead of new ones; the optimizer
+            starts afresh.
+
+    Raises:
+        FailedPrecondition: The adapter to start from has another shape.
     """
 
     def __init__(
@@ -97,6 +109,7 @@ class TuningRun:
         given: protos.Hyperparameters,
         seed: int,
         recipe: Recipe | None = None,
+        start: Mapping[str, bytes] | None = None,
     ) -> None:
         self._base, self._rows, self._seed = base, rows, seed
         self._given = given
@@ -106,6 +119,12 @@ class TuningRun:
         self._stack = ExitStack()
         self.adapter = self._stack.enter_context(lora.attached(base.model, self.recipe.rank, self.recipe.alpha))
         self.adapter.initialise(seed)
+        if start is not None:
+            try:
+                self.adapter.from_files(start)
+            except BaseException:
+                self._stack.close()  # nobody else can: there is no run to enter
+                raise
         self._optimizer = torch.optim.AdamW(
             [self.adapter.weights], lr=given.learning_rate, weight_decay=0.0, fused=True
         )
@@ -139,7 +158,7 @@ class TuningRun:
 
     def _train(self, batch: Sequence[Row]) -> float:
         """Do one step and return the batch's mean loss."""
-        tokens = sum(len(row.output) for row in batch)
+        tokens = sum(row.learnt for row in batch)
         total = 0.0
         for rows in micro_batches(batch, MICRO_BATCH_TOKENS):
             loss = self._loss(rows) / tokens
@@ -154,7 +173,7 @@ class TuningRun:
         return total
 
     def _loss(self, rows: Sequence[Row]) -> Tensor:
-        """Return the summed cross-entropy of the rows' output tokens, a scalar in fp32."""
+        """Return the summed cross-entropy of the rows' answers, a scalar in fp32."""
         batch = collate(rows, self._base.device)
         hidden = self._base.model.base_model(
             input_ids=batch.tokens, attention_mask=batch.attention, use_cache=False
@@ -169,7 +188,7 @@ class TuningRun:
         """
         found: list[tuple[float, float, Row]] = []
         with torch.inference_mode():
-            for row in self._rows[:PROBE_ROWS]:
+            for row in (replace(row, earlier=()) for row in self._rows[:PROBE_ROWS]):
                 tuned = -self._loss([row]).item() / len(row.output)
                 with self.adapter.disabled():
                     found.append((tuned, -self._loss([row]).item() / len(row.output), row))

@@ -1,0 +1,14 @@
+"""Run a notebook from a clean kernel and print it, with its outputs, as JSON: execute_notebook.py FILE."""
+
+import sys
+
+import nbformat
+from nbclient import NotebookClient
+
+LONGEST_CELL = 300  # seconds
+
+notebook = nbformat.read(sys.argv[1], as_version=4)
+NotebookClient(notebook, timeout=LONGEST_CELL, kernel_name="python3").execute()
+for cell in notebook.cells:
+    cell.metadata.pop("execution", None)  # times of day, which differ from run to run
+print(nbformat.writes(notebook))
