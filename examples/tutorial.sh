@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tutorial with curl: tune a model that continues a number with the next one, and ask it for a Roman numeral.
+# The tutorial with curl: tune a model that continues a number with the next one, and ask it.
 # Start `tunesmith serve` first. Needs curl and jq.
 set -euo pipefail
 base_url=${base_url:-http://127.0.0.1:8080}
@@ -51,9 +51,12 @@ until [ "$(jq .done <<<"$operation")" = true ]; do
     operation=$(call "$base_url/v1beta/$name")
     jq -r '.metadata | "\(.completedPercent // 0 | floor)%  loss \(.snapshots[-1].meanLoss // "-")"' <<<"$operation"
 done
-jq -e '.error | not' <<<"$operation" >/dev/null || { jq -r .error.message <<<"$operation" >&2; exit 1; }
+jq -e '.error | not' <<<"$operation" >/dev/null || {
+    jq -r .error.message <<<"$operation" >&2
+    exit 1
+}
 
-for text in 5 'sixty six' LXIII; do
+for text in 5 'sixty six' LXIII 六; do
     answer=$(call -X POST "$base_url/v1beta/$modelname:generateContent" \
         -d "$(jq -n --arg text "$text" '{contents: [{parts: [{text: $text}]}]}')")
     echo "$text -> $(jq -r '.candidates[0].content.parts[0].text' <<<"$answer")"

@@ -14,7 +14,7 @@ import httpx2
 from tiny import tiny_cache
 
 EXAMPLES = [{"text_input": str(n), "output": str(n + 1)} for n in range(1, 11)]
-TIMEOUT = 60.0  # seconds, for what takes a few
+TIMEOUT = 180.0  # seconds, for what takes a few where nothing else runs
 FREE_PORTS = ("--port", "0", "--grpc-port", "0")
 
 

@@ -29,7 +29,7 @@ from tunesmith.terminal import fetch_weights
 EXAMPLES = ROOT / "examples"
 ANSWERS = ("LXIV", "七")  # to LXIII and 六, of which the examples have none
 LARGEST = 100_000  # bytes of a notebook with its outputs
-PINS = {".sh": "", ".mjs": "npm-google-genai-3.1.0", ".ipynb": "notebooks.txt"}
+KINDS = (".ipynb", ".mjs", ".sh")
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -38,33 +38,31 @@ def main(check: bool) -> int:
     """Run every example; return 0 when each gives the tutorial's answers."""
     settings = Settings.load()
     fetch_weights(Console(stderr=True), Catalog.load(settings).default, settings.cache_dir)
+    paths = sorted(path for path in EXAMPLES.iterdir() if path.suffix in KINDS)
     failed = 0
     with tempfile.TemporaryDirectory() as folder, Server(Path(folder) / "data", {}) as server:
         token = server.run("token", "admin@localhost").strip()
         given = {"base_url": server.url, "access_token": token, "project_id": "my-project-id"}
-        for path in sorted(path for path in EXAMPLES.iterdir() if path.suffix in PINS):
+        for path in paths:
             trouble = run(path, given, Path(folder), check)
             failed += bool(trouble)
             console.print(f"  [red]✗[/] {path.name}: {trouble}" if trouble else f"  [green]✓[/] {path.name}")
-    console.print(f"\n{len(PINS) and len(list(EXAMPLES.iterdir())) - failed} passed, {failed} failed")
-    return 1 if failed else 0
+    console.print(f"\n{len(paths) - failed} passed, {failed} failed")
+    return 1 if failed or not paths else 0
 
 
 def run(path: Path, given: dict[str, str], folder: Path, check: bool) -> str:
     """Run one example; return what is wrong with it, or ""."""
-    pins = PINS[path.suffix]
-    installed = environment(pins, console.print) if pins else folder
-    command, answer = {
-        ".sh": (["bash", path], ANSWERS[:1]),
-        ".mjs": (["node", path], ANSWERS),
-        ".ipynb": ([installed / "bin" / "python", HERE / "drivers" / "execute_notebook.py", path], ANSWERS),
-    }[path.suffix]
-    variables = {**os.environ, **given, "NODE_PATH": str(installed / "node_modules"), "PYTHONPATH": ""}
+    command = [{".sh": "bash", ".mjs": "node"}.get(path.suffix, ""), str(path)]
+    if path.suffix == ".ipynb":
+        python = environment("notebooks.txt", console.print) / "bin" / "python"
+        command = [str(python), str(HERE / "drivers" / "execute_notebook.py"), str(path)]
+    variables = {**os.environ, **given, "PYTHONPATH": ""}
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return f"code {done.returncode}\n{done.stderr[-1500:]}"
     shown = outputs(json.loads(done.stdout)) if path.suffix == ".ipynb" else done.stdout
-    if missing := [text for text in answer if text not in shown]:
+    if missing := [text for text in ANSWERS if text not in shown]:
         return f"its output lacks {missing}: {shown[-500:]}"
     if path.suffix == ".ipynb" and "image/png" not in shown:
         return "it shows no loss curve"

@@ -74,6 +74,8 @@ def tune(client: genai.Client) -> str:
             time.sleep(0.1)
         client.tunings.cancel(name=long.name)
         assert ended(client, long).state == types.JobState.JOB_STATE_SUCCEEDED
+    with calls.works("client.aio.tunings.tune, .get, .cancel"):
+        asyncio.run(asynchronously(client))
     if (MAJOR, MINOR) < (1, 63):
         with calls.works("client.tunings.list"):
             names = [one.name for one in client.tunings.list(config={"page_size": 2})]
@@ -82,6 +84,14 @@ def tune(client: genai.Client) -> str:
         with calls.client_refuses("client.tunings.list", ValueError, "only supported in"):
             list(client.tunings.list())
     return job.name
+
+
+async def asynchronously(client: genai.Client) -> None:
+    """Tune, look and cancel."""
+    long = config("long", epochs=1000)
+    job = await client.aio.tunings.tune(base_model=BASE, training_dataset=EXAMPLES, config=long)
+    assert (await client.aio.tunings.get(name=job.name)).name == job.name
+    await client.aio.tunings.cancel(name=job.name)
 
 
 def ask(client: genai.Client, name: str) -> None:

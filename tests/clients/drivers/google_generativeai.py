@@ -123,8 +123,8 @@ def ask() -> None:
     else:
         with calls.works("GenerativeModel.count_tokens"):
             assert model.count_tokens("seven eight").total_tokens > 2
-        with calls.works("GenerativeModel.generate_content_async"):
-            assert asyncio.run(model.generate_content_async("7", generation_config=greedy)).text == answer.text
+        with calls.works("…_async", "generate, stream, count, chat, embed and list permissions"):
+            assert asyncio.run(asynchronously(model, greedy)) == (answer.text, answer.text)
     with calls.works("GenerativeModel.count_tokens", "a base model"):
         assert genai.GenerativeModel(BASE).count_tokens("seven eight").total_tokens > 2
     with calls.works("genai.embed_content"):
@@ -132,6 +132,18 @@ def ask() -> None:
         two = genai.embed_content(BASE, ["seven", "eight"])["embedding"]
         assert len(two) == 2
         assert max(abs(a - b) for a, b in zip(one, two[0], strict=True)) < 0.02
+
+
+async def asynchronously(model: genai.GenerativeModel, config: GenerationConfig) -> tuple[str, str]:
+    """Make the calls that exist twice; return a whole answer and a streamed one."""
+    whole = await model.generate_content_async("7", generation_config=config)
+    stream = await model.generate_content_async("7", generation_config=config, stream=True)
+    pieces = [part.text async for chunk in stream for part in chunk.parts]
+    assert (await model.count_tokens_async("seven")).total_tokens > 2
+    assert (await model.start_chat().send_message_async("7", generation_config=config)).candidates
+    assert (await genai.embed_content_async(BASE, "seven"))["embedding"]
+    assert [one.role.name async for one in genai.types.Permissions(NAME).list_async()] == ["OWNER"]
+    return whole.text, "".join(pieces)
 
 
 def change() -> None:

@@ -37,6 +37,9 @@ with calls.works("litellm.completion", "with a system message"):
 with calls.works("litellm.completion", "three turns"):
     turns = [*QUESTION, {"role": "assistant", "content": "8"}, {"role": "user", "content": "9"}]
     assert litellm.completion(TUNED, turns, **GREEDY, **where()).usage.total_tokens > 0
+with calls.works("litellm.embedding"):
+    both = litellm.embedding(BASE, input=["seven", "eight"], **where())
+    assert len(both.data) == 2
 with calls.raises("litellm.completion", litellm.NotFoundError, "is not found for API version"):
     litellm.completion("gemini/none-such", QUESTION, **where())
 with calls.raises("litellm.completion", litellm.BadRequestError, "You do not have permission", '"code": 403'):
