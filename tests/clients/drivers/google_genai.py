@@ -75,7 +75,7 @@ def tune(client: genai.Client) -> str:
         client.tunings.cancel(name=long.name)
         assert ended(client, long).state == types.JobState.JOB_STATE_SUCCEEDED
     with calls.works("client.aio.tunings.tune, .get, .cancel"):
-        asyncio.run(asynchronously(client))
+        asyncio.run(asynchronously())
     if (MAJOR, MINOR) < (1, 63):
         with calls.works("client.tunings.list"):
             names = [one.name for one in client.tunings.list(config={"page_size": 2})]
@@ -86,8 +86,9 @@ def tune(client: genai.Client) -> str:
     return job.name
 
 
-async def asynchronously(client: genai.Client) -> None:
-    """Tune, look and cancel."""
+async def asynchronously() -> None:
+    """Tune, look and cancel, with a client of this event loop's own."""
+    client = sign_in(STAGE["key"])
     long = config("long", epochs=1000)
     job = await client.aio.tunings.tune(base_model=BASE, training_dataset=EXAMPLES, config=long)
     assert (await client.aio.tunings.get(name=job.name)).name == job.name
@@ -115,7 +116,7 @@ def ask(client: genai.Client, name: str) -> None:
         chat.send_message("8")
         assert [turn.role for turn in chat.get_history()] == ["user", "model", "user", "model"]
     with calls.works("client.aio.models.generate_content, …_stream"):
-        assert asyncio.run(both(client, name)) == (answer.text, answer.text)
+        assert asyncio.run(both(name)) == (answer.text, answer.text)
     with calls.works("client.models.count_tokens"):
         assert client.models.count_tokens(model=name, contents="seven eight").total_tokens > 2
     with calls.works("client.models.embed_content"):
@@ -124,8 +125,9 @@ def ask(client: genai.Client, name: str) -> None:
         assert len(found[0].values) == len(found[1].values) > 1
 
 
-async def both(client: genai.Client, name: str) -> tuple[str, str]:
-    """Ask without and with a stream."""
+async def both(name: str) -> tuple[str, str]:
+    """Ask without and with a stream, with a client of this event loop's own."""
+    client = sign_in(STAGE["key"])
     whole = await client.aio.models.generate_content(model=name, contents="7", config=GREEDY)
     stream = await client.aio.models.generate_content_stream(model=name, contents="7", config=GREEDY)
     return whole.text, "".join([chunk.text or "" async for chunk in stream])
