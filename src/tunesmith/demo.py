@@ -1,6 +1,7 @@
 """The tutorial, end to end: tune the "next number" model, ask it for numerals that it was never shown."""
 
 import contextlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,12 +91,14 @@ def run(console: Console, client: Client, url: str) -> bool:
 def say_what_next(console: Console, settings: Settings) -> None:
     """Print where to go from here."""
     data_dir = "" if settings.data_dir == Settings.load().data_dir else f" --data-dir {settings.data_dir}"
+    # After `make demo` the command is in .venv and not on the path: name it as it was run.
+    program = "tunesmith" if shutil.which("tunesmith") else sys.argv[0]
     console.print(
         "\n[bold]Next[/]\n"
-        f"  tunesmith serve{data_dir}                          the same server, to stay\n"
-        f"  tunesmith models{data_dir}                         what has been tuned\n"
-        f"  tunesmith tune FILE.csv --name NAME{data_dir}      your own examples: text_input,output\n"
-        f"  tunesmith generate tunedModels/… TEXT{data_dir}    ask a tuned model\n"
+        f"  {program} serve{data_dir}                          the same server, to stay\n"
+        f"  {program} models{data_dir}                         what has been tuned\n"
+        f"  {program} tune FILE.csv --name NAME{data_dir}      your own examples: text_input,output\n"
+        f"  {program} generate tunedModels/… TEXT{data_dir}    ask a tuned model\n"
         "  README.md has the same with curl and with Python.",
         highlight=False,
         soft_wrap=True,
