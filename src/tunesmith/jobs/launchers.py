@@ -35,11 +35,6 @@ class LocalLauncher:
             for number in range(workers)
         ]
 
-    @property
-    def processes(self) -> list[int]:
-        """The process ids of the workers that run now."""
-        return [process.pid for process in list(self._processes.values())]
-
     def start(self) -> None:
         """Start the workers."""
         for thread in self._threads:
