@@ -9,6 +9,7 @@ import asyncio
 import json
 import multiprocessing
 import os
+import random
 import socket
 import sys
 import tempfile
@@ -104,7 +105,12 @@ def serve(folder: str, parent: Connection) -> None:
     token = parts.tokens.create(app.FIRST_ACCOUNT, [], seconds=3600)
     fill(parts)
     listener = socket.create_server(("127.0.0.1", 0))
-    served = rest_app(app.dispatcher(parts, Instant()), max_body_bytes=settings.max_body_bytes, ready=lambda: True)
+    served = rest_app(
+        app.dispatcher(parts, Instant()),
+        max_body_bytes=settings.max_body_bytes,
+        ready=lambda: True,
+        inline=app.READS_OF_A_ROW,
+    )
     parent.send((listener.getsockname()[1], token))
     uvicorn.Server(
         uvicorn.Config(served, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75)
@@ -126,6 +132,13 @@ def fill(parts: app.Parts) -> None:
             )
             model.create_time.GetCurrentTime()
             model.update_time.CopyFrom(model.create_time)
+            for step in range(1, 20):  # as many as the tutorial's tuning makes
+                model.tuning_task.snapshots.add(
+                    step=step,
+                    epoch=1 + step // 4,
+                    mean_loss=random.uniform(0.1, 3),
+                    compute_time=model.create_time,
+                )
             session.add(
                 TunedModel(
                     id=f"model-{number}",

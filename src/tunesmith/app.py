@@ -34,6 +34,12 @@ KEEP_ALIVE_SECONDS = 75  # longer than clients keep an idle connection, or they 
 SHUTDOWN_SECONDS = 5  # for requests that are under way when the server stops
 
 V1BETA = "google.ai.generativelanguage.v1beta"
+READS_OF_A_ROW = (
+    f"{V1BETA}.ModelService.GetModel",
+    f"{V1BETA}.ModelService.GetTunedModel",
+    f"{V1BETA}.PermissionService.GetPermission",
+    "google.longrunning.Operations.GetOperation",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +146,7 @@ def serve(settings: Settings, stop_with_stdin: bool = False) -> None:
                 ready=loaded.is_set,
                 metrics=metrics,
                 cors_origins=[origin.strip() for origin in settings.cors_origins.split(",")],
+                inline=READS_OF_A_ROW if parts.database.in_process else (),
             ),
             log_config=None,
             access_log=False,

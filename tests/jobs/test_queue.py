@@ -116,8 +116,11 @@ def test_a_lease_that_ran_out_gives_the_job_to_another_and_fences_the_first_off(
     jobs.record(second, 1, 0, 0.5)
     jobs.finish(second, "ours")
     with database.read() as session:
-        assert session.get_one(TunedModel, "x").adapter == "ours"
-        assert [(row.step, row.mean_loss) for row in session.scalars(select(Snapshot))] == [(1, 0.5)]
+        model = session.get_one(TunedModel, "x")
+        assert model.adapter == "ours"
+        steps = protos.TunedModel.FromString(model.message).tuning_task.snapshots
+        assert [(step.step, step.mean_loss) for step in steps] == [(1, 0.5)]
+        assert session.scalars(select(Snapshot)).all() == []  # they are part of the message now
 
 
 def test_renewing_keeps_the_job(database: Database) -> None:

@@ -32,7 +32,7 @@ def database(tmp_path: Path) -> Iterator[Database]:
 
 
 def fill(database: Database, count: int) -> None:
-    """Write tuned models as training leaves them."""
+    """Write tuned models as they are while they are trained."""
     with database.write() as session:
         for number in range(count):
             model_id = f"m{number}"
@@ -42,7 +42,7 @@ def fill(database: Database, count: int) -> None:
                 owner=ADA.account,
                 base="tiny",
                 message=message.SerializeToString(),
-                state=protos.TunedModel.ACTIVE,
+                state=protos.TunedModel.CREATING,
                 create_time=float(number),
             )
             session.add(row)
@@ -50,7 +50,7 @@ def fill(database: Database, count: int) -> None:
             job = Job(
                 id=f"j{number}",
                 tuned_model=model_id,
-                state="done",
+                state="running",
                 training_data=b"",
                 seed=0,
                 total_steps=STEPS,

@@ -71,19 +71,21 @@ def test_writers_wait_for_each_other(url: str) -> None:
     with database.write() as session:
         session.add(Account(email="counter", password_hash="0", create_time=0.0))
 
-    def count() -> None:
+    def count(through: Database) -> None:
         for _ in range(25):
-            with database.write() as session:
+            with through.write() as session:
                 account = session.get_one(Account, "counter")
                 account.password_hash = str(int(account.password_hash or 0) + 1)
 
-    threads = [threading.Thread(target=count) for _ in range(8)]
+    others = [Database(url), Database(url)]  # as other processes have them
+    threads = [threading.Thread(target=count, args=[through]) for through in [database, *others] * 3]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     with database.read() as session:
-        assert session.get_one(Account, "counter").password_hash == "200"
+        assert session.get_one(Account, "counter").password_hash == "225"
         assert session.scalar(text("PRAGMA journal_mode")) == "wal"
         assert session.scalar(text("PRAGMA foreign_keys")) == 1
-    database.close()
+    for each in [database, *others]:
+        each.close()

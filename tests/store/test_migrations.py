@@ -10,7 +10,7 @@ from sqlalchemy import create_engine, select, text
 
 from tunesmith import protos
 from tunesmith.store.database import Database
-from tunesmith.store.tables import DeletedModel, Job, TunedModel
+from tunesmith.store.tables import DeletedModel, Job, Snapshot, TunedModel
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def migrate(url: str, revision: str) -> None:
     engine.dispose()
 
 
-def test_models_from_before_they_could_be_shared(url: str) -> None:
+def test_models_of_the_first_version(url: str) -> None:
     migrate(url, "0001")
     message = protos.TunedModel(
         name="tunedModels/old", display_name="Old ONE", description="kept", reader_project_numbers=[7, 8]
@@ -49,6 +49,10 @@ def test_models_from_before_they_could_be_shared(url: str) -> None:
             )
         )
         connection.execute(text("INSERT INTO deleted_models VALUES ('gone', 'ada@x')"))
+        columns = "(job, step, epoch, mean_loss, compute_time_ns)"
+        connection.execute(
+            text(f"INSERT INTO snapshots {columns} VALUES ('j', 2, 1, 0.5, 2), ('j', 1, 0, 1.5, 1000000001)")
+        )
     engine.dispose()
     database = Database(url)
     database.migrate()
@@ -57,4 +61,8 @@ def test_models_from_before_they_could_be_shared(url: str) -> None:
         assert (model.owner, model.search_text, model.reader_projects) == ("ada@x", "old one\nkept", ",7,,8,")
         assert session.get_one(DeletedModel, ("gone", "ada@x")).account == "ada@x"
         assert session.scalars(select(Job.id)).all() == ["j"]
+        steps = protos.TunedModel.FromString(model.message).tuning_task.snapshots
+        assert [(step.step, step.epoch, step.mean_loss) for step in steps] == [(1, 0, 1.5), (2, 1, 0.5)]
+        assert [step.compute_time.ToNanoseconds() for step in steps] == [1_000_000_001, 2]
+        assert session.scalars(select(Snapshot.step)).all() == []
     database.close()

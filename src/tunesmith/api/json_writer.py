@@ -5,7 +5,8 @@ import json
 import math
 import struct
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
@@ -20,7 +21,7 @@ _Printer = Callable[[Any, str], str]
 _quote = json.encoder.encode_basestring
 _FLOAT32 = struct.Struct("<f")
 _FLOAT32_MAX = 3.4028234663852886e38
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_EPOCH = datetime(1970, 1, 1)  # in UTC, as all timestamps are; printed without an offset
 
 
 class JsonWriter:
@@ -173,20 +174,29 @@ def _double(value: float, _margin: str) -> str:
     return text[:-2] if text.endswith(".0") and text != "-0.0" else text
 
 
-def _float(value: float, margin: str) -> str:
+def _float(value: float, _margin: str) -> str:
+    return _short(value)
+
+
+@lru_cache(maxsize=1 << 16)  # losses are printed again with each look at a model
+def _short(value: float) -> str:
     """Print the shortest decimal that reads back as the same 32-bit float."""
     if math.isfinite(value):
         for digits in (6, 7, 8, 9):
             short = float(f"{value:.{digits}g}")
             # Clients refuse what is larger than the largest float, though it would round down to it.
             if abs(short) <= _FLOAT32_MAX and _FLOAT32.unpack(_FLOAT32.pack(short))[0] == value:
-                return _double(short, margin)
-    return _double(value, margin)
+                return _double(short, "")
+    return _double(value, "")
+
+
+@lru_cache(maxsize=1 << 12)
+def _second(seconds: int) -> str:
+    return (_EPOCH + timedelta(seconds=seconds)).isoformat()
 
 
 def _timestamp(value: Any) -> str:
-    moment = _EPOCH + timedelta(seconds=value.seconds)
-    text, nanos = moment.replace(tzinfo=None).isoformat(), value.nanos
+    text, nanos = _second(value.seconds), value.nanos
     if nanos == 0:
         return f"{text}Z"
     if nanos % 1_000_000 == 0:

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from sqlalchemy import Select, and_, func, or_, select, update
+from sqlalchemy import Select, and_, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from tunesmith import protos
 from tunesmith.errors import ApiError, Cancelled, FailedPrecondition
 from tunesmith.store.database import Database
+from tunesmith.store.snapshots import add_snapshots
 from tunesmith.store.tables import Job, Snapshot, TunedModel
 from tunesmith.store.times import now, now_in_microseconds
 
@@ -187,6 +188,8 @@ def _end(session: Session, job: Job, *, adapter: str | None = None, error: ApiEr
     job.state, job.worker, job.lease_until, job.checkpoint = "done", None, None, None
     job.error = error.to_status().SerializeToString() if error else None
     model, message = _model(session, job)
+    add_snapshots(session, {model.id: message})
+    session.execute(delete(Snapshot).where(Snapshot.job == job.id))
     message.state = protos.TunedModel.ACTIVE if adapter else protos.TunedModel.FAILED
     message.update_time.CopyFrom(now_in_microseconds())
     message.tuning_task.complete_time.CopyFrom(message.update_time)

@@ -5,7 +5,7 @@ shares it and cancels its operations; the owner also deletes it and gives it awa
 user, in a group, through a project), or as one of everyone.
 """
 
-from sqlalchemy import ColumnElement, String, and_, cast, false, func, insert, literal, or_, select
+from sqlalchemy import ColumnElement, String, and_, bindparam, cast, false, func, insert, literal, or_, select
 from sqlalchemy.orm import Session
 
 from tunesmith import protos
@@ -45,7 +45,7 @@ def tuned_model(
             may tell these two apart.
     """
     model_id = name.removeprefix("tunedModels/")
-    row = session.get(TunedModel, model_id, with_for_update=True if lock else None)
+    row = session.scalars(_LOCKED if lock else _PLAIN, {"id": model_id}).first()
     deleted = session.get(DeletedModel, (model_id, caller.account)) if row is None else None
     if deleted is not None:
         raise NotFound(f"Tuned model {name} does not exist.")
@@ -58,6 +58,11 @@ def tuned_model(
             f"{protos.Permission.Role.Name(role)}, and yours is {protos.Permission.Role.Name(held)}."
         )
     return row
+
+
+# Built once: most requests run it.
+_PLAIN = select(TunedModel).where(TunedModel.id == bindparam("id"))
+_LOCKED = _PLAIN.with_for_update()
 
 
 def role_of(session: Session, caller: Caller, model: TunedModel) -> int | None:

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from tunesmith import protos
-from tunesmith.store.tables import Job, Permission, Snapshot, TunedModel
-from tunesmith.store.times import to_timestamp
+from tunesmith.store.snapshots import add_snapshots
+from tunesmith.store.tables import Permission, TunedModel
 
 
 def tuned_model_message(session: Session, row: TunedModel) -> protos.TunedModel:
@@ -16,23 +15,12 @@ def tuned_model_message(session: Session, row: TunedModel) -> protos.TunedModel:
 
 
 def tuned_model_messages(session: Session, rows: Sequence[TunedModel]) -> list[protos.TunedModel]:
-    """Return tuned models with their snapshots, which come in one query for all of them."""
+    """Return tuned models with their snapshots; those under way come in one query for all of them."""
     messages = {row.id: protos.TunedModel.FromString(row.message) for row in rows}
-    snapshots = session.connection().execute(_SNAPSHOTS, {"models": list(messages)})
-    for model_id, step, epoch, mean_loss, compute_time_ns in snapshots:
-        messages[model_id].tuning_task.snapshots.add(
-            step=step, epoch=epoch, mean_loss=mean_loss, compute_time=to_timestamp(compute_time_ns)
-        )
+    under_way = {row.id: messages[row.id] for row in rows if row.state == protos.TunedModel.CREATING}
+    if under_way:
+        add_snapshots(session, under_way)
     return list(messages.values())
-
-
-# Built once: most requests run it.
-_SNAPSHOTS = (
-    select(Job.tuned_model, Snapshot.step, Snapshot.epoch, Snapshot.mean_loss, Snapshot.compute_time_ns)
-    .join(Snapshot, Snapshot.job == Job.id)
-    .where(Job.tuned_model.in_(bindparam("models", expanding=True)))
-    .order_by(Job.tuned_model, Snapshot.step)
-)
 
 
 def permission_message(row: Permission) -> protos.Permission:

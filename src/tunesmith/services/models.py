@@ -5,7 +5,7 @@ import secrets
 import string
 from collections.abc import Iterator
 
-from sqlalchemy import delete, select, tuple_
+from sqlalchemy import bindparam, delete, select, tuple_
 from sqlalchemy.exc import IntegrityError
 
 from tunesmith import protos
@@ -98,6 +98,9 @@ class ModelService:
 
     def get_tuned_model(self, request: protos.GetTunedModelRequest, caller: Caller) -> protos.TunedModel:
         """Return a tuned model."""
+        asked = {"id": request.name.removeprefix("tunedModels/"), "account": caller.account}
+        if own := self._database.first(_OWN_AND_DONE, asked):  # as most are
+            return protos.TunedModel.FromString(own[0])
         with self._database.read() as session:
             return tuned_model_message(session, access.tuned_model(session, caller, request.name))
 
@@ -158,6 +161,11 @@ class ModelService:
         return protos.Empty()
 
 
+_OWN_AND_DONE = select(TunedModel.message).where(
+    TunedModel.id == bindparam("id"),
+    TunedModel.owner == bindparam("account"),
+    TunedModel.state != protos.TunedModel.CREATING,
+)
 _PRESENCE = frozenset(field.name for field in protos.TunedModel.DESCRIPTOR.fields if field.has_presence)
 
 
