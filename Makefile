@@ -27,8 +27,9 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)           ## seconds from POST to ACTIVE for the tutorial's job
+bench: $(STAMP)           ## seconds from POST to ACTIVE for the tutorial's job; requests a second of the API
 	$(BIN)/python benchmarks/tutorial.py
+	$(BIN)/python benchmarks/api.py
 
 protos: $(STAMP)          ## compile the official protos again (needs npm)
 	$(BIN)/python scripts/protos.py

@@ -1,8 +1,8 @@
 """Requests a second and how long they take: what the API costs when the engine answers at once.
 
-The server is one process, the load another: a bare asyncio client that keeps its connections, so that it is
-the server that is measured. Both share the machine's cores. Run on an otherwise idle machine:
-python benchmarks/api.py [SECONDS]
+The server is one process, the load another: for REST a bare asyncio client that keeps its connections, so that it
+is the server that is measured; for gRPC Google's own library, which takes a good part of a core itself. Both share
+the machine's cores. Run on an otherwise idle machine: python benchmarks/api.py [SECONDS]
 """
 
 import asyncio
@@ -15,14 +15,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import grpc.aio
 import uvicorn
+from google.protobuf.json_format import ParseDict
+from google.protobuf.message import Message
 
 from tunesmith import app, protos
+from tunesmith.api.grpc_server import GrpcServer
 from tunesmith.api.rest_server import rest_app
 from tunesmith.base_models.catalog import BaseModel
 from tunesmith.base_models.prompts import Turn
@@ -66,35 +71,63 @@ class Instant:
 
 @dataclass(frozen=True)
 class Call:
-    """One kind of request."""
+    """One kind of request, over REST and over gRPC."""
 
     name: str
-    method: str
-    path: str
+    http: str
+    rpc: str
+    request: Message
     body: bytes = b""
 
     def bytes(self, token: str) -> bytes:
-        """Return the request as it goes over the wire."""
-        head = f"{self.method} {self.path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {token}\r\n"
+        """Return the HTTP request as it goes over the wire."""
+        head = f"{self.http} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {token}\r\n"
         return f"{head}content-length: {len(self.body)}\r\n\r\n".encode() + self.body
 
 
+NAME = "tunedModels/model-7"
+MODELS_SERVICE = f"/{app.V1BETA}.ModelService"
+EXAMPLES = {"examples": [{"textInput": str(n), "output": str(n + 1)} for n in range(15)]}
+CREATED = {
+    "displayName": "numbers",
+    "baseModel": "models/gemini-1.0-pro-001",
+    "tuningTask": {"trainingData": {"examples": EXAMPLES}},
+}
+ASKED = {"contents": [{"parts": [{"text": "one"}]}]}
 CALLS = (
-    Call("get", "GET", "/v1beta/tunedModels/model-7"),
-    Call(f"list {MODELS:,}", "GET", f"/v1beta/tunedModels?pageSize={MODELS}"),
-    Call("list 10", "GET", "/v1beta/tunedModels"),
-    Call("create", "POST", "/v1beta/tunedModels", json.dumps({
-        "displayName": "numbers",
-        "baseModel": "models/gemini-1.0-pro-001",
-        "tuningTask": {
-            "trainingData": {
-                "examples": {"examples": [{"textInput": str(n), "output": str(n + 1)} for n in range(15)]}
-            }
-        },
-    }).encode()),
-    Call("generate", "POST", "/v1beta/tunedModels/model-7:generateContent",
-         b'{"contents": [{"parts": [{"text": "one"}]}]}'),
-)  # fmt: skip
+    Call(
+        "get",
+        f"GET /v1beta/{NAME}",
+        f"{MODELS_SERVICE}/GetTunedModel",
+        protos.GetTunedModelRequest(name=NAME),
+    ),
+    Call(
+        f"list {MODELS:,}",
+        f"GET /v1beta/tunedModels?pageSize={MODELS}",
+        f"{MODELS_SERVICE}/ListTunedModels",
+        protos.ListTunedModelsRequest(page_size=MODELS),
+    ),
+    Call(
+        "list 10",
+        "GET /v1beta/tunedModels",
+        f"{MODELS_SERVICE}/ListTunedModels",
+        protos.ListTunedModelsRequest(),
+    ),
+    Call(
+        "create",
+        "POST /v1beta/tunedModels",
+        f"{MODELS_SERVICE}/CreateTunedModel",
+        ParseDict({"tunedModel": CREATED}, protos.CreateTunedModelRequest()),
+        json.dumps(CREATED).encode(),
+    ),
+    Call(
+        "generate",
+        f"POST /v1beta/{NAME}:generateContent",
+        f"/{app.V1BETA}.GenerativeService/GenerateContent",
+        ParseDict({"model": NAME, **ASKED}, protos.GenerateContentRequest()),
+        json.dumps(ASKED).encode(),
+    ),
+)
 
 
 def serve(folder: str, parent: Connection) -> None:
@@ -105,13 +138,16 @@ def serve(folder: str, parent: Connection) -> None:
     token = parts.tokens.create(app.FIRST_ACCOUNT, [], seconds=3600)
     fill(parts)
     listener = socket.create_server(("127.0.0.1", 0))
+    calls = app.dispatcher(parts, Instant())
+    grpc_server = GrpcServer("127.0.0.1", 0, max_message_bytes=settings.max_body_bytes)
+    grpc_server.start(calls)
     served = rest_app(
-        app.dispatcher(parts, Instant()),
+        calls,
         max_body_bytes=settings.max_body_bytes,
         ready=lambda: True,
         inline=app.READS_OF_A_ROW,
     )
-    parent.send((listener.getsockname()[1], token))
+    parent.send((listener.getsockname()[1], grpc_server.address, token))
     uvicorn.Server(
         uvicorn.Config(served, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75)
     ).run(sockets=[listener])
@@ -164,25 +200,40 @@ def fill(parts: app.Parts) -> None:
             )
 
 
-async def load(port: int, request: bytes, connections: int, seconds: float) -> tuple[float, list[float]]:
-    """Send a request again and again over each connection; return requests a second and their durations."""
-    durations: list[float] = []
-    ends = asyncio.get_running_loop().time() + seconds
+async def rest(port: int, call: Call, token: str, until: float, durations: list[float]) -> None:
+    """Send a request again and again over one connection."""
+    request = call.bytes(token)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 24)
+    while (began := time.perf_counter()) < until:
+        writer.write(request)
+        head = await reader.readuntil(b"\r\n\r\n")
+        if not head.startswith(b"HTTP/1.1 200 "):
+            raise SystemExit((head + await reader.read(2000)).decode())
+        length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
+        await reader.readexactly(int(length))
+        durations.append(time.perf_counter() - began)
+    writer.close()
 
-    async def one() -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 24)
-        while (began := time.perf_counter()) and asyncio.get_running_loop().time() < ends:
-            writer.write(request)
-            head = await reader.readuntil(b"\r\n\r\n")
-            if not head.startswith(b"HTTP/1.1 200 "):
-                raise SystemExit((head + await reader.read(2000)).decode())
-            length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
-            await reader.readexactly(int(length))
+
+async def grpc_(address: str, call: Call, token: str, until: float, durations: list[float]) -> None:
+    """Send a request again and again over one channel, as each client has its own."""
+    options = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1))
+    request, metadata = call.request.SerializeToString(), (("authorization", f"Bearer {token}"),)
+    async with grpc.aio.insecure_channel(address, options=options) as channel:
+        ask = channel.unary_unary(call.rpc)
+        while (began := time.perf_counter()) < until:
+            await ask(request, metadata=metadata)
             durations.append(time.perf_counter() - began)
-        writer.close()
 
+
+Client = Callable[[float, list[float]], Awaitable[None]]
+
+
+async def load(client: Client, connections: int, seconds: float) -> tuple[float, list[float]]:
+    """Run so many clients for so long; return requests a second and how long each took."""
+    durations: list[float] = []
     began = time.perf_counter()
-    await asyncio.gather(*(one() for _ in range(connections)))
+    await asyncio.gather(*(client(began + seconds, durations) for _ in range(connections)))
     return len(durations) / (time.perf_counter() - began), sorted(durations)
 
 
@@ -199,26 +250,27 @@ def main(seconds: float) -> None:
         server = multiprocessing.get_context("spawn").Process(target=serve, args=(folder, theirs))
         server.start()
         try:
-            port, token = ours.recv()
-            measure(port, token, seconds, server.pid or 0)
+            port, address, token = ours.recv()
+            for transport, one, where in (("REST", rest, port), ("gRPC", grpc_, address)):
+                columns = f"{'connections':>12}{'requests/s':>12}{'p50 ms':>9}{'p99 ms':>9}{'server CPU ms':>15}"
+                print(f"{transport:<12}{columns}")
+                for call in CALLS:
+                    measure(call.name, partial(one, where, call, token), seconds, server.pid or 0)
+            print(GOAL)
         finally:
             server.terminate()
             server.join()
 
 
-def measure(port: int, token: str, seconds: float, process: int) -> None:
-    """Measure every call."""
-    print(f"{'REST':<12}{'connections':>12}{'requests/s':>12}{'p50 ms':>9}{'p99 ms':>9}{'server CPU ms':>15}")
-    for call in CALLS:
-        for connections in CONNECTIONS:
-            request = call.bytes(token)
-            asyncio.run(load(port, request, connections, 0.3))  # warm up
-            before = cpu_seconds(process)
-            rate, durations = asyncio.run(load(port, request, connections, seconds))
-            cpu = 1000 * (cpu_seconds(process) - before) / len(durations)
-            p50, p99 = (1000 * durations[int(len(durations) * part)] for part in (0.5, 0.99))
-            print(f"{call.name:<12}{connections:>12}{rate:>12,.0f}{p50:>9.2f}{p99:>9.2f}{cpu:>15.2f}", flush=True)
-    print(GOAL)
+def measure(name: str, client: Client, seconds: float, process: int) -> None:
+    """Print a row for each number of connections."""
+    for connections in CONNECTIONS:
+        asyncio.run(load(client, connections, 0.3))  # warm up
+        before = cpu_seconds(process)
+        rate, durations = asyncio.run(load(client, connections, seconds))
+        cpu = 1000 * (cpu_seconds(process) - before) / len(durations)
+        p50, p99 = (1000 * durations[int(len(durations) * part)] for part in (0.5, 0.99))
+        print(f"{name:<12}{connections:>12}{rate:>12,.0f}{p50:>9.2f}{p99:>9.2f}{cpu:>15.2f}", flush=True)
 
 
 if __name__ == "__main__":
