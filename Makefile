@@ -18,10 +18,12 @@ test-clients: $(STAMP)    ## drive every client; CHECK=1 fails when docs/compati
 notebooks: $(STAMP)       ## run the notebooks of examples/ from clean kernels and keep their outputs
 	$(BIN)/python tests/clients/notebooks.py $(if $(CHECK),--check)
 
-check: $(STAMP)           ## lint, format, types
+check: $(STAMP)           ## lint, format, types, and what is known to be unsafe; ADVISORIES=FILE for a newer safety-db
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive src
+	$(BIN)/python scripts/audit.py $(if $(ADVISORIES),--database $(ADVISORIES))
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

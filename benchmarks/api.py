@@ -29,6 +29,7 @@ from google.protobuf.message import Message
 from tunesmith import app, protos
 from tunesmith.api.grpc_server import GrpcServer
 from tunesmith.api.rest_server import rest_app
+from tunesmith.auth.tokens import DEFAULT_SCOPES
 from tunesmith.base_models.catalog import BaseModel
 from tunesmith.base_models.prompts import Turn
 from tunesmith.config import Settings
@@ -50,6 +51,7 @@ class Instant:
         turns: Sequence[Turn],
         sampling: Sampling,
         gone: threading.Event,
+        caller: str = "",
     ) -> Iterator[Chunk]:
         """Yield one word."""
         yield Chunk("two", 7, 1, protos.Candidate.STOP)
@@ -58,7 +60,9 @@ class Instant:
         """Return a count."""
         return 7
 
-    def embed(self, model: BaseModel, texts: Sequence[str], gone: threading.Event) -> list[list[float]]:
+    def embed(
+        self, model: BaseModel, texts: Sequence[str], gone: threading.Event, caller: str = ""
+    ) -> list[list[float]]:
         """Return a vector for each text."""
         return [[1.0] for _ in texts]
 
@@ -135,7 +139,7 @@ def serve(folder: str, parent: Connection) -> None:
     settings = Settings.load(data_dir=Path(folder), workers=0)
     parts = app.Parts.open(settings)
     app.first_account(parts)
-    token = parts.tokens.create(app.FIRST_ACCOUNT, [], seconds=3600)
+    token = parts.tokens.create(app.FIRST_ACCOUNT, DEFAULT_SCOPES, seconds=3600)
     fill(parts)
     listener = socket.create_server(("127.0.0.1", 0))
     calls = app.dispatcher(parts, Instant())

@@ -27,7 +27,7 @@ def main(runs: int) -> None:
         settings = Settings.load(data_dir=Path(folder))
         fetch_weights(Console(stderr=True), Catalog.load(settings).default, settings.cache_dir)
         with demo.server(settings) as url:
-            token = Parts.open(settings).tokens.create(FIRST_ACCOUNT, [], seconds=3600)
+            token = Parts.open(settings).tokens.create(FIRST_ACCOUNT, DEFAULT_SCOPES, seconds=3600)
             with Client(url, token) as client:
                 once(client)  # the worker starts, loads and warms up
                 seconds = []

@@ -11,10 +11,12 @@ from typing import Any, Self
 
 import httpx2
 
+from google_types import disagreements
 from tiny import tiny_cache
 
 EXAMPLES = [{"text_input": str(n), "output": str(n + 1)} for n in range(1, 11)]
 TIMEOUT = 180.0  # seconds, for what takes a few where nothing else runs
+RECORDED = str(Path(__file__).with_name("recording.py"))
 FREE_PORTS = ("--port", "0", "--grpc-port", "0")
 
 
@@ -42,13 +44,17 @@ def job(name: str = "counts", epochs: int = 2, batch: int = 4, **fields: Any) ->
 
 
 class Server:
-    """A `tunesmith serve` on a free port of the loopback interface; ends with the block."""
+    """A `tunesmith serve` on a free port of the loopback interface; ends with the block.
+
+    When it ends, Google's own types must agree with all that it answered over REST and gRPC.
+    """
 
     def __init__(self, data_dir: Path, environment: dict[str, str], *options: str, ca: Path | None = None) -> None:
         self.data_dir = data_dir
         self.environment = {**os.environ, "PYTHONWARNINGS": "default", **environment}
         self._options = options
         self._verify = ssl.create_default_context(cafile=ca)
+        self.recording = data_dir.parent / f"{data_dir.name}.answers"
 
     def __enter__(self) -> Self:
         self.start()
@@ -60,8 +66,9 @@ class Server:
     def start(self) -> None:
         """Start it and wait for the line that names its address."""
         self.log = (self.data_dir.parent / f"{self.data_dir.name}.log").open("a")
+        recorded = [sys.executable, RECORDED, str(self.recording)]
         self.process = subprocess.Popen(
-            [*command("serve"), *FREE_PORTS, "--stop-with-stdin", *self.where(), *self._options],
+            [*recorded, "serve", *FREE_PORTS, "--stop-with-stdin", *self.where(), *self._options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -87,15 +94,19 @@ class Server:
         """End it as an operator would."""
         self.http.close()
         self.process.terminate()
-        self.process.communicate()
-        self.log.close()
+        self._ended()
 
     def kill(self) -> None:
         """End it and its workers with SIGKILL, all at once."""
         self.http.close()
         os.killpg(self.process.pid, signal.SIGKILL)
+        self._ended()
+
+    def _ended(self) -> None:
         self.process.communicate()
         self.log.close()
+        assert not (wrong := disagreements(self.recording)), "\n".join(wrong[:10])
+        self.recording.unlink(missing_ok=True)
 
     def where(self) -> list[str]:
         """The options that name the data dir."""

@@ -30,7 +30,7 @@ def test_accounts_tokens_and_keys(server: Server) -> None:
     as_ada = {"authorization": "", "x-goog-api-key": key}
     assert server.call("GET", "tunedModels", headers=as_ada) == {}
     assert server.http.get(f"/v1beta/tunedModels?key={key}", headers={"authorization": ""}).json() == {}
-    (key_id,) = server.run("api-key", "list", ADA).split()
+    key_id = server.run("api-key", "list", ADA).split()[0]
     server.run("api-key", "revoke", key_id)
     assert "revoked" in server.run("api-key", "list", ADA)
     server.call("GET", "tunedModels", headers=as_ada, code=400)

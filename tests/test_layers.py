@@ -12,7 +12,7 @@ SOURCE = Path(tunesmith.__file__).parent
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"demo", "machine"},
+    {"demo", "login", "machine", "certificates"},
     {"app", "client", "terminal"},
     {"api"},
     {"auth"},
@@ -85,7 +85,8 @@ def test_only_api_knows_http() -> None:
     wrong = [
         f"{path.relative_to(SOURCE)} imports {name}"
         for box, path in modules()
-        if box not in {"api", "app", "client"}
+        # issuer_keys.py asks other people's servers for their keys.
+        if box not in {"api", "app", "client"} and path.name != "issuer_keys.py"
         for name in imports(path)
         if name.split(".")[0] in {"starlette", "uvicorn", "httpx2", "grpc"}
     ]

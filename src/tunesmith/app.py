@@ -1,6 +1,8 @@
 """Table of contents: the parts, and how they are put together. The only file that wires."""
 
+import ipaddress
 import logging
+import os
 import secrets
 import signal
 import socket
@@ -8,26 +10,35 @@ import ssl
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from tunesmith.auth.accounts import Accounts
 from tunesmith.auth.api_keys import ApiKeys
+from tunesmith.auth.clients import Clients
 from tunesmith.auth.groups import Groups
 from tunesmith.auth.projects import Projects
+from tunesmith.auth.service_accounts import SelfSignedTokens, ServiceAccounts
+from tunesmith.auth.signing_keys import SigningKeys
 from tunesmith.auth.tokens import AccessTokens
-from tunesmith.auth.verifiers import OwnTokens, Verifier
+from tunesmith.auth.verifiers import OwnTokens, TokenVerifier, Verifier
 from tunesmith.base_models.catalog import Catalog
-from tunesmith.config import Settings
+from tunesmith.config import NO_GRPC, Settings
+from tunesmith.errors import Unavailable
 from tunesmith.jobs.queue import JobQueue
 from tunesmith.store.artifacts import ArtifactStore
+from tunesmith.store.audit import Audit, administrator
 from tunesmith.store.database import Database
 from tunesmith.store.sweep import sweep
 
 if TYPE_CHECKING:
+    from starlette.routing import BaseRoute
+
     from tunesmith.api.dispatch import Dispatcher
     from tunesmith.engines.base import Engine
+    from tunesmith.jobs.worker import Worker
 
 FIRST_ACCOUNT = "admin@localhost"
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep an idle connection, or they meet one that closes
@@ -57,7 +68,11 @@ class Parts:
     projects: Projects
     tokens: AccessTokens
     keys: ApiKeys
+    clients: Clients
+    service_accounts: ServiceAccounts
+    signing_keys: SigningKeys
     queue: JobQueue
+    audit: Audit
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
@@ -75,13 +90,18 @@ class Parts:
             Projects(database),
             AccessTokens(database),
             ApiKeys(database),
+            Clients(database),
+            ServiceAccounts(database),
+            SigningKeys(database),
             JobQueue(database, settings.lease_seconds),
+            Audit(database),
         )
 
 
 def dispatcher(parts: Parts, engine: "Engine") -> "Dispatcher":
     """Return what runs the calls of every transport: store -> auth -> services -> dispatch."""
     from tunesmith.api.dispatch import Dispatcher
+    from tunesmith.api.limits import Limits
     from tunesmith.services.generation import GenerativeService
     from tunesmith.services.models import ModelService
     from tunesmith.services.operations import Operations
@@ -90,13 +110,48 @@ def dispatcher(parts: Parts, engine: "Engine") -> "Dispatcher":
 
     settings, database = parts.settings, parts.database
     services = {
-        f"{V1BETA}.ModelService": ModelService(database, parts.artifacts, parts.catalog, settings.seed),
+        f"{V1BETA}.ModelService": ModelService(
+            database, parts.artifacts, parts.catalog, settings.seed, settings.queued_jobs_per_account
+        ),
         f"{V1BETA}.PermissionService": PermissionService(database),
         f"{V1BETA}.GenerativeService": GenerativeService(database, engine, parts.catalog, settings.cache_dir),
         f"{V1BETA}.TextService": TextService(database, engine, parts.catalog),
-        "google.longrunning.Operations": Operations(database),
+        "google.longrunning.Operations": Operations(database, parts.artifacts),
     }
-    return Dispatcher(services, Verifier(parts.keys, OwnTokens(parts.tokens)))
+    self_signed = SelfSignedTokens(parts.service_accounts, settings.public_url)
+    tokens: list[TokenVerifier] = [OwnTokens(parts.tokens), self_signed]
+    if settings.issuers:
+        from tunesmith.auth.oidc import ExternalIssuers
+
+        tokens.append(ExternalIssuers(settings.issuers, database))
+    limits = Limits(settings.requests_per_minute, settings.generations_per_account)
+    return Dispatcher(services, Verifier(parts.keys, *tokens), limits, parts.audit)
+
+
+def sign_in(parts: Parts) -> "list[BaseRoute]":
+    """Return the routes of the OAuth server and of its pages."""
+    from tunesmith.api.oauth_routes import oauth_routes, root_of
+    from tunesmith.api.sign_in_routes import sign_in_routes
+    from tunesmith.auth.attempts import Attempts
+    from tunesmith.auth.authorizations import Authorizations
+    from tunesmith.auth.device_codes import DeviceCodes
+    from tunesmith.auth.oauth_server import OAuthServer
+    from tunesmith.auth.sign_in import SignIn
+
+    database, root, insecure = parts.database, root_of(parts.settings.public_url), parts.settings.insecure
+    server = OAuthServer(
+        parts.clients,
+        Authorizations(database, parts.settings.access_token_seconds),
+        DeviceCodes(database),
+        parts.service_accounts,
+        parts.tokens,
+        parts.signing_keys,
+        public_url=parts.settings.public_url,
+        insecure=insecure,
+    )
+    attempts = Attempts(database)
+    people = SignIn(database, parts.accounts, attempts)
+    return [*oauth_routes(server, root), *sign_in_routes(server, people, attempts, root, insecure=insecure)]
 
 
 def serve(settings: Settings, stop_with_stdin: bool = False) -> None:
@@ -104,20 +159,21 @@ def serve(settings: Settings, stop_with_stdin: bool = False) -> None:
     import uvicorn
 
     from tunesmith.api.grpc_server import GrpcServer
+    from tunesmith.api.http_protocol import http_protocol
     from tunesmith.api.metrics import CallMetrics
     from tunesmith.api.rest_server import rest_app
     from tunesmith.engines.torch_engine import TorchEngine
     from tunesmith.jobs.launchers import LocalLauncher
 
+    _refuse_plain_text(settings)
     tls = _tls(settings)
     listener = _listen(settings.host, settings.port)
-    grpc = GrpcServer(
-        settings.host,
-        settings.grpc_port,
-        max_message_bytes=settings.max_body_bytes,
-        key_and_certificates=tls,
-    )
+    grpc = None
+    if settings.grpc_port != NO_GRPC:
+        largest = settings.max_body_bytes
+        grpc = GrpcServer(settings.host, settings.grpc_port, max_message_bytes=largest, key_and_certificates=tls)
     parts = Parts.open(settings)
+    parts.keys.start()
     password_file = first_account(parts)
     sweep(parts.database, parts.artifacts)
     engine = TorchEngine(
@@ -132,22 +188,29 @@ def serve(settings: Settings, stop_with_stdin: bool = False) -> None:
     launcher.start()
 
     def preload() -> None:
-        _preload(parts, engine)
-        loaded.set()
-        grpc.ready()
+        with suppress(Unavailable):  # it stops already
+            _preload(parts, engine)
+            loaded.set()
+            if grpc:
+                grpc.ready()
 
     threading.Thread(target=preload, name="preload", daemon=True).start()
-    grpc.start(calls, metrics)
+    if grpc:
+        grpc.start(calls, metrics)
     server = uvicorn.Server(
         uvicorn.Config(
             rest_app(
                 calls,
                 max_body_bytes=settings.max_body_bytes,
+                receive_seconds=settings.receive_seconds,
                 ready=loaded.is_set,
                 metrics=metrics,
+                routes=sign_in(parts),
                 cors_origins=[origin.strip() for origin in settings.cors_origins.split(",")],
-                inline=READS_OF_A_ROW if parts.database.in_process else (),
+                # An issuer's keys may have to be fetched, and the event loop must not wait for that.
+                inline=READS_OF_A_ROW if parts.database.in_process and not settings.issuers else (),
             ),
+            http=http_protocol(settings.receive_seconds),
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -157,12 +220,14 @@ def serve(settings: Settings, stop_with_stdin: bool = False) -> None:
             ssl_keyfile=settings.ssl_keyfile,
         )
     )
+    # uvicorn raises the signal that ended it once more: by default SIGTERM would then end all this at once.
+    signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
     if stop_with_stdin:
         on_end_of_stdin(lambda: setattr(server, "should_exit", True))
     host, port = listener.getsockname()[:2]
     scheme = "https" if tls else "http"
     print(f"Tunesmith serves {scheme}://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    print(f"  gRPC    {grpc.address}{' with TLS' if tls else ''}")
+    print(f"  gRPC    {grpc.address}{' with TLS' if tls else ''}" if grpc else "  gRPC    off")
     print(f"  data    {settings.data_dir}")
     if password_file:
         print(f"  account {FIRST_ACCOUNT}; its password is in {password_file}")
@@ -170,23 +235,34 @@ def serve(settings: Settings, stop_with_stdin: bool = False) -> None:
     try:
         server.run(sockets=[listener])
     finally:
-        grpc.stop(SHUTDOWN_SECONDS)
+        if grpc:
+            grpc.stop(SHUTDOWN_SECONDS)
         launcher.stop()
         engine.close()
+        parts.keys.stop()
+        parts.audit.close()
         parts.database.close()
 
 
 def work(settings: Settings, name: str, stop_with_stdin: bool) -> None:
     """Do jobs until SIGINT or SIGTERM; the job under way is then checkpointed and put back."""
-    from tunesmith.jobs.worker import Worker
-
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    worker: Worker | None = None
+
+    def end() -> None:
+        stop.set()
+        if worker is None or worker.leaves():  # starting takes seconds, and another base model a minute
+            os._exit(0)
+
+    on_stop_signal(end)
     if stop_with_stdin:
-        on_end_of_stdin(stop.set)
+        on_end_of_stdin(end)
+    from tunesmith.jobs import worker as training
+
     parts = Parts.open(settings)
-    Worker(name, settings, parts.queue, parts.artifacts, parts.catalog).run(stop)
+    worker = training.Worker(name, settings, parts.queue, parts.artifacts, parts.catalog)
+    worker.prepare()
+    worker.run(stop)
     parts.database.close()
 
 
@@ -198,15 +274,36 @@ def first_account(parts: Parts) -> Path | None:
     file = parts.settings.data_dir / "first-account.txt"
     file.touch(mode=0o600)
     file.write_text(f"{FIRST_ACCOUNT} {password}\n")
-    parts.accounts.create(FIRST_ACCOUNT, password)
+    with parts.audit.change(administrator(), "CreateAccount", f"accounts/{FIRST_ACCOUNT}"):
+        parts.accounts.create(FIRST_ACCOUNT, password)
     return file
+
+
+def on_stop_signal(act: Callable[[], object]) -> None:
+    """Call `act` on a thread of its own when SIGINT or SIGTERM comes, at once.
+
+    Python's own handlers run on the main thread: after what it computes, and in the middle of what it locks.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+
+    def wait() -> None:
+        os.read(reading, 1)
+        act()
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
 def on_end_of_stdin(act: Callable[[], object]) -> None:
     """Call `act` when standard input ends: however the parent process ended, its end of the pipe is closed."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        # Not through sys.stdin: its lock would be held when the interpreter ends, which then aborts.
+        while os.read(sys.stdin.fileno(), 1024):
+            pass
         act()
 
     threading.Thread(target=wait, name="stdin", daemon=True).start()
@@ -218,6 +315,20 @@ def _preload(parts: Parts, engine: "Engine") -> None:
 
     if weights.find(parts.catalog.default, parts.settings.cache_dir):
         engine.preload(parts.catalog.default)
+
+
+def _refuse_plain_text(settings: Settings) -> None:
+    """Raise ValueError when passwords and tokens would pass other machines in the open."""
+    if settings.ssl_certfile or settings.insecure:
+        return
+    host, any_of_ours = settings.host or None, socket.AI_PASSIVE
+    found = socket.getaddrinfo(host, settings.port, type=socket.SOCK_STREAM, flags=any_of_ours)
+    if not all(ipaddress.ip_address(str(address[0])).is_loopback for *_, address in found):
+        raise ValueError(
+            f"without TLS, what is sent to {settings.host} can be read on the way, passwords too: give "
+            "--ssl-certfile and --ssl-keyfile (`tunesmith certificate` makes them to try it out), or say "
+            "--insecure when something in front of Tunesmith does TLS"
+        )
 
 
 def _tls(settings: Settings) -> tuple[bytes, bytes] | None:

@@ -10,14 +10,20 @@ class Caller:
 
     Attributes:
         account: The e-mail address of the account that the credential belongs to.
-        scopes: The OAuth scopes of the credential; empty for an API key, which may do all its account may.
+        scopes: The OAuth scopes of the credential; None for an API key that may do all its account may.
         project: The value of `x-goog-user-project`, a label that callers choose; None when not sent.
+        credential: The kind of the credential, with the id when it is a key: for the audit record.
+        address: The network address that the request comes from.
+        groups: The groups that an external issuer says the caller is in, beside those known here.
         gone: Set when the client has left; work done only for it should stop.
     """
 
     account: str
-    scopes: frozenset[str] = frozenset()
+    scopes: frozenset[str] | None = None
     project: str | None = None
+    credential: str = ""
+    address: str = ""
+    groups: frozenset[str] = frozenset()
     gone: threading.Event = field(default_factory=threading.Event, compare=False)
 
 

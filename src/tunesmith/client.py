@@ -1,7 +1,8 @@
 """A small client of our own REST API, for the commands."""
 
+import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -9,6 +10,7 @@ import httpx2
 
 POLL_SECONDS = 0.25
 PATIENCE = 60.0  # seconds that a server may be away while its job is watched
+UNAUTHORIZED = 401
 TIMEOUT = httpx2.Timeout(30.0, read=600.0)  # seconds; a long answer takes its time
 
 
@@ -20,13 +22,37 @@ class Unreachable(ClientError):
     """The server cannot be reached."""
 
 
-class Client:
-    """Calls one server with one credential; a context manager."""
+class TokenRefused(ClientError):
+    """An OAuth endpoint refused; `code` is its word for why."""
 
-    def __init__(self, url: str, token: str | None = None, api_key: str | None = None) -> None:
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Client:
+    """Calls one server with one credential; a context manager.
+
+    Args:
+        url: The server's address.
+        token: An access token.
+        api_key: An API key, in place of a token.
+        ca_file: The authority that signed the server's certificate, in PEM; None for those this machine trusts.
+        refresh: Makes a new token when the server does not take the one there is.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        api_key: str | None = None,
+        *,
+        ca_file: str | None = None,
+        refresh: Callable[[], str] | None = None,
+    ) -> None:
         headers = {"authorization": f"Bearer {token}"} if token else {"x-goog-api-key": api_key or ""}
-        self._url = url.rstrip("/")
-        self._http = httpx2.Client(base_url=self._url, headers=headers, timeout=TIMEOUT)
+        self._url, self._refresh = url.rstrip("/"), refresh
+        self._http = httpx2.Client(base_url=self._url, headers=headers, timeout=TIMEOUT, verify=_trust(ca_file))
 
     def __enter__(self) -> Self:
         return self
@@ -43,12 +69,10 @@ class Client:
             ClientError: The call failed; with the server's own words.
             Unreachable: No server answered.
         """
-        try:
-            response = self._http.request(method, f"/v1beta/{path}", json=body, params=parameters)
-        except httpx2.TransportError as error:
-            raise Unreachable(
-                f"No Tunesmith answers at {self._url} ({error}). Start one with: tunesmith serve"
-            ) from error
+        response = self._send(method, path, body, parameters)
+        if response.status_code == UNAUTHORIZED and self._refresh is not None:
+            self._http.headers["authorization"] = f"Bearer {self._refresh()}"
+            response = self._send(method, path, body, parameters)
         try:
             answer = response.json()
         except ValueError:
@@ -56,6 +80,12 @@ class Client:
         if response.is_error:
             raise ClientError(answer["error"]["message"])
         return answer
+
+    def _send(self, method: str, path: str, body: Any, parameters: dict[str, Any]) -> httpx2.Response:
+        try:
+            return self._http.request(method, f"/v1beta/{path}", json=body, params=parameters)
+        except httpx2.TransportError as error:
+            raise _unreachable(self._url, error) from error
 
     def tune(self, model: dict[str, Any], tuned_model_id: str | None = None) -> dict[str, Any]:
         """Create a tuned model and return its operation."""
@@ -93,3 +123,32 @@ class Client:
         body = {"contents": [{"parts": [{"text": text}]}], "generationConfig": config or {}}
         answer = self.call("POST", f"{model}:generateContent", body)
         return "".join(part.get("text", "") for part in answer["candidates"][0]["content"]["parts"])
+
+
+def post_form(url: str, path: str, form: Mapping[str, str], ca_file: str | None = None) -> dict[str, Any]:
+    """Post a form to an OAuth endpoint of a server and return its JSON.
+
+    Raises:
+        TokenRefused: The server refused.
+        ClientError: No server answered, or not in JSON.
+    """
+    root = url.rstrip("/")
+    try:
+        response = httpx2.post(f"{root}{path}", data=dict(form), timeout=TIMEOUT, verify=_trust(ca_file))
+        answer: dict[str, Any] = response.json()
+    except httpx2.TransportError as error:
+        raise _unreachable(root, error) from error
+    except ValueError:
+        raise ClientError(f"{root} is no Tunesmith: {path} answered {response.status_code}.") from None
+    if response.is_error:
+        code = str(answer.get("error"))
+        raise TokenRefused(str(answer.get("error_description") or code), code)
+    return answer
+
+
+def _trust(ca_file: str | None) -> ssl.SSLContext | bool:
+    return ssl.create_default_context(cafile=ca_file) if ca_file else True
+
+
+def _unreachable(url: str, error: Exception) -> Unreachable:
+    return Unreachable(f"No Tunesmith answers at {url} ({error}). Start one with: tunesmith serve")

@@ -1,10 +1,13 @@
 """Settings: one flat record; each field is an environment variable and a key of tunesmith.toml."""
 
 import os
+import re
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -15,6 +18,90 @@ from pydantic_settings import (
 
 def _xdg(variable: str, default: str) -> Path:
     return Path(os.environ.get(variable) or Path.home() / default) / "tunesmith"
+
+
+NO_GRPC = -1
+"""In place of a port: REST only."""
+
+SigningAlgorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512"]
+"""Of other people's tokens; none with a shared secret."""
+
+
+class Issuer(BaseModel):
+    """An OpenID Connect issuer, somebody else's sign-in whose tokens are taken: `[[issuers]]` in the file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str = Field(description="Its address, to the letter as its tokens have it in `iss`.")
+    audiences: list[str] = Field(
+        min_length=1, description="For whom tokens are made: one of these must be in `aud`."
+    )
+    authorized_parties: list[str] = Field(
+        default_factory=list,
+        description="Programs that may have asked for the token, in `azp` or `client_id`; empty for all.",
+    )
+    algorithms: list[SigningAlgorithm] = Field(
+        default=["RS256", "ES256"], min_length=1, description="How its tokens may be signed."
+    )
+    account_claim: str = Field("email", min_length=1, description="The claim with the account's e-mail address.")
+    verified_claim: str = Field(
+        "email_verified", description="A claim that must be true; empty when the issuer has none."
+    )
+    domains: list[str] = Field(
+        min_length=1,
+        description="For which e-mail addresses it may speak: what comes after the @; * for all.",
+    )
+    create_accounts: bool = Field(True, description="Whether who comes for the first time gets an account.")
+    groups_claim: str = Field("", description="The claim with the groups that somebody is in; empty for none.")
+    groups: dict[str, str] = Field(
+        default_factory=dict,
+        description="What the issuer calls a group, to its address here; addresses in `domains` need no line.",
+    )
+    scopes: list[str] = Field(
+        default=["generative-language", "generative-language.tuning"],
+        min_length=1,
+        description="What its tokens may do here: scopes of Google's.",
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _address(cls, url: str) -> str:
+        if not fetchable(url) or "?" in url or "#" in url:
+            raise ValueError("must be https://HOST or https://HOST/PATH; http only for an issuer on this machine")
+        return url
+
+    @field_validator("domains")
+    @classmethod
+    def _lower(cls, domains: list[str]) -> list[str]:
+        return [domain.strip().removeprefix("@").lower() for domain in domains]
+
+    @model_validator(mode="after")
+    def _not_everybody(self) -> Self:
+        if self.create_accounts and "*" in self.domains:
+            raise ValueError(
+                "domains: with * everybody whom the issuer knows would get an account; name the domains, or set "
+                "create_accounts = false"
+            )
+        return self
+
+
+def fetchable(url: str) -> bool:
+    """Whether what an address holds can be trusted: it is https, or on this machine."""
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+    except ValueError:
+        return False
+    if not host or parts.username is not None:
+        return False
+    return parts.scheme == "https" or (parts.scheme == "http" and _is_here(host))
+
+
+def _is_here(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class Settings(BaseSettings):
@@ -28,14 +115,26 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8080, ge=0, le=65535, description="REST port; 0 takes a free one.")
-    grpc_port: int = Field(8081, ge=0, le=65535, description="gRPC port; 0 takes a free one.")
+    grpc_port: int = Field(
+        8081, ge=NO_GRPC, le=65535, description="gRPC port; 0 takes a free one, -1 serves REST only."
+    )
     ssl_certfile: Path | None = Field(
         None, description="Certificate chain in PEM: REST and gRPC are then served over TLS only."
     )
     ssl_keyfile: Path | None = Field(None, description="The certificate's private key in PEM.")
+    insecure: bool = Field(
+        False,
+        description="Listen without TLS where other machines can reach it, because something in front does TLS.",
+    )
     cors_origins: str = Field(
         "*", description="Origins of web pages whose scripts may call, separated by commas; * for all."
     )
+    public_url: str = Field(
+        "",
+        description="Address at which clients reach the server, such as https://tunesmith.example.com; empty for "
+        "the one that each request names. Behind a proxy that changes the Host header it must be set.",
+    )
+    access_token_seconds: int = Field(3600, gt=0, description="How long access tokens of sign-ins are good.")
     data_dir: Path = Field(
         default_factory=lambda: _xdg("XDG_DATA_HOME", ".local/share"),
         description="Where accounts, models, jobs and adapters live.",
@@ -59,14 +158,49 @@ class Settings(BaseSettings):
         10.0, ge=0, description="Training time between two checkpoints of a job; 0 for one each step."
     )
     max_body_bytes: int = Field(8 << 20, gt=0, description="Largest request body.")
+    receive_seconds: float = Field(
+        60.0, gt=0, description="How long a client may take to send a request's head, and then its body."
+    )
+    requests_per_minute: int = Field(
+        60_000,
+        ge=0,
+        description="API requests of an account in a minute, at each server process; so many at once if none "
+        "came before. 0 for no limit.",
+    )
+    generations_per_account: int = Field(
+        32,
+        ge=0,
+        description="Answers and embeddings that an account may have under way at a time, at each server process; "
+        "a stream counts until it ends. 0 for no limit.",
+    )
+    queued_jobs_per_account: int = Field(
+        100, ge=0, description="Tuning jobs of an account that may wait for a worker; 0 for no limit."
+    )
     max_batch: int = Field(16, gt=0, description="Sequences generated together.")
     loaded_adapters: int = Field(32, gt=0, description="Tuned models kept in memory.")
+    issuers: list[Issuer] = Field(
+        default_factory=list, description="OpenID Connect issuers whose tokens are taken, beside our own."
+    )
     log_level: str = Field("info", description="debug, info, warning or error.")
 
     @field_validator("data_dir", "cache_dir")
     @classmethod
     def _absolute(cls, path: Path) -> Path:
         return path.expanduser().absolute()
+
+    @field_validator("public_url")
+    @classmethod
+    def _address(cls, url: str) -> str:
+        if url and not re.fullmatch(r"https?://[A-Za-z0-9.\[\]:_-]+/?", url):
+            raise ValueError("must be https://HOST or https://HOST:PORT, without a path")
+        return url.rstrip("/")
+
+    @field_validator("issuers")
+    @classmethod
+    def _told_apart(cls, issuers: list[Issuer]) -> list[Issuer]:
+        if len({issuer.url for issuer in issuers}) < len(issuers):
+            raise ValueError("two have the same url; put what both say into one")
+        return issuers
 
     @model_validator(mode="after")
     def _key_with_certificate(self) -> Self:

@@ -11,6 +11,7 @@
 Domain code raises them and never sees a transport; `api/` turns them into a response in one place.
 """
 
+import math
 from collections.abc import Iterable
 from http import HTTPStatus
 from typing import ClassVar, Self
@@ -39,6 +40,12 @@ class ApiError(Exception):
         super().__init__(message)
         self.message = message
         self.details = tuple(details)
+
+    @property
+    def retry_seconds(self) -> float | None:
+        """After how many seconds another try may succeed; None when nothing is known of that."""
+        delays = [detail.retry_delay for detail in self.details if isinstance(detail, protos.RetryInfo)]
+        return delays[0].ToMilliseconds() / 1000 if delays else None
 
     def to_status(self) -> protos.Status:
         """Return the error as a google.rpc.Status, as an operation's `error` field holds it."""
@@ -85,6 +92,34 @@ class PermissionDenied(ApiError):
 
 class ResourceExhausted(ApiError):
     code, http, status = 8, HTTPStatus.TOO_MANY_REQUESTS, "RESOURCE_EXHAUSTED"
+
+    @classmethod
+    def over(cls, setting: str, most: int, account: str, what: str, seconds: float) -> Self:
+        """Say that an account is over a limit, with the details that Google's clients look for.
+
+        Args:
+            setting: The limit's name in `config.py`.
+            most: Its value.
+            account: Who is over it.
+            what: What there is too much of, as a sentence.
+            seconds: When another try may succeed.
+        """
+        seconds = math.ceil(seconds * 1000) / 1000
+        message = (
+            f"{what} The limit for each account is {most:,}, which the operator of this server sets as {setting}. "
+            f"Try again in {math.ceil(seconds)} second{'s' if seconds > 1 else ''}."
+        )
+        failure, retry = protos.QuotaFailure(), protos.RetryInfo()
+        failure.violations.add(
+            subject=f"account:{account}",
+            description=what,
+            quota_metric=f"{SERVICE}/{setting}",
+            quota_id=setting,
+            quota_dimensions={"account": account},
+            quota_value=most,
+        )
+        retry.retry_delay.FromMilliseconds(round(seconds * 1000))
+        return cls(message, [failure, retry])
 
 
 class FailedPrecondition(ApiError):

@@ -1,15 +1,19 @@
 """What commands draw: progress bars, the loss curve, tables."""
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from tunesmith.base_models import weights
 from tunesmith.base_models.catalog import BaseModel
+from tunesmith.store.tables import AuditRecord
 
 CURVE_ROWS = 8
 CURVE_COLUMNS = 60
@@ -94,3 +98,24 @@ def tuned_models_table(models: Iterable[dict[str, Any]]) -> Table:
             model["createTime"][:19].replace("T", " "),
         )
     return table
+
+
+def audit_table(records: Iterable[AuditRecord]) -> Table:
+    """Return what is on record, a row each, times in local time."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("TIME", "WHO", "FROM", "DID", "OUTCOME"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("TIME", "OUTCOME"))
+    for record in records:
+        at = datetime.fromtimestamp(record.time).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        origin = ", ".join(filter(None, (record.address, record.credential)))
+        did = f"{record.action} {record.resource}" + (f": {record.detail}" if record.detail else "")
+        outcome = Text(record.outcome, "" if record.outcome == "OK" else "red")
+        table.add_row(at, *map(Text, (record.account or "unknown", origin, did)), outcome)
+    return table
+
+
+def audit_line(record: AuditRecord) -> str:
+    """Return a record as JSON, its time in UTC."""
+    fields = ("account", "credential", "action", "resource", "outcome", "detail", "address", "project")
+    at = datetime.fromtimestamp(record.time, UTC).isoformat(timespec="milliseconds")
+    return json.dumps({"id": record.id, "time": at} | {field: getattr(record, field) for field in fields})

@@ -5,6 +5,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from api.stand_ins import Backend
+from google_types import disagreements
+from recording import RecordedApp, Recording
 
 
 @pytest.fixture
@@ -13,9 +15,12 @@ def backend() -> Backend:
 
 
 @pytest.fixture
-def client(backend: Backend) -> Iterator[TestClient]:
-    with TestClient(backend.app(), headers={"authorization": "Bearer good"}) as client:
+def client(backend: Backend, tmp_path: Path) -> Iterator[TestClient]:
+    """A client of the stand-ins; Google's own types must agree with all that it is answered."""
+    app = RecordedApp(backend.app(), Recording(tmp_path / "answers"))
+    with TestClient(app, headers={"authorization": "Bearer good"}) as client:
         yield client
+    assert disagreements(tmp_path / "answers") == []
 
 
 @pytest.fixture

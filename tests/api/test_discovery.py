@@ -52,6 +52,7 @@ def test_the_whole_of_a_tuned_models_life(server: Server, google: Any):
     assert operation["metadata"]["tunedModel"] == "tunedModels/life"
     server.finished(operation)
     assert tuned.operations().get(name=operation["name"]).execute()["done"]
+    assert tuned.operations().wait(name=operation["name"], body={"timeout": "1s"}).execute()["done"]
     assert tuned.operations().list(name="tunedModels/life").execute()["operations"][0]["done"]
     assert tuned.operations().cancel(name=operation["name"], body={}).execute() == {}
     patched = tuned.patch(name="tunedModels/life", body={"description": "d"}, updateMask="description").execute()
@@ -62,6 +63,8 @@ def test_the_whole_of_a_tuned_models_life(server: Server, google: Any):
     }
     assert tuned.generateContent(model="tunedModels/life", body=ASK).execute()["candidates"]
     assert tuned.countTokens(model="tunedModels/life", body=ASK).execute()["totalTokens"] > 0
+    prompt = {"prompt": {"text": "1"}}
+    assert tuned.countTextTokens(model="tunedModels/life", body=prompt).execute()["tokenCount"] > 0
     parts = tuned.streamGenerateContent(model="tunedModels/life", body=ASK).execute()
     assert parts[-1]["candidates"][0]["finishReason"]
     assert tuned.delete(name="tunedModels/life").execute() == {}

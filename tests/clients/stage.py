@@ -1,7 +1,6 @@
 """What the clients meet: two live servers on one data dir, accounts for them, and a shelf of tuned models."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from servers import EXAMPLES, TIMEOUT, Server, job, tiny_catalog
 from tunesmith.app import Parts
+from tunesmith.certificates import Issued, issue
 from tunesmith.config import Settings
 
 SHELF = 25  # models: more than two pages of the default size
@@ -80,9 +80,9 @@ def stage(folder: Path, tls: bool) -> Iterator[Stage]:
     with Server(data_dir, environment) as server:
         parts = Parts.open(Settings.load(data_dir=data_dir))
         shared = _people(parts) | _shelf(server, parts)
-        authority = certificate(folder)
-        with _tls(data_dir, environment, authority) if tls else nullcontext("") as grpc:
-            yield Stage(server.url, grpc, authority, parts, shared)
+        made = issue(folder / "tls", ["localhost", "127.0.0.1"])
+        with _tls(data_dir, environment, made) if tls else nullcontext("") as grpc:
+            yield Stage(server.url, grpc, made.authority, parts, shared)
         parts.database.close()
 
 
@@ -111,18 +111,8 @@ def _shelf(server: Server, parts: Parts) -> dict[str, Any]:
 
 
 @contextmanager
-def _tls(data_dir: Path, environment: dict[str, str], authority: Path) -> Iterator[str]:
+def _tls(data_dir: Path, environment: dict[str, str], made: Issued) -> Iterator[str]:
     """A second server on the same data dir, with TLS; yields where its gRPC is."""
-    files = [f"--ssl-certfile={authority}", f"--ssl-keyfile={authority.with_name('server.key')}"]
-    with Server(data_dir, environment, "--workers", "0", *files) as server:
+    files = [f"--ssl-certfile={made.certificate}", f"--ssl-keyfile={made.key}"]
+    with Server(data_dir, environment, "--workers", "0", *files, ca=made.authority) as server:
         yield f"localhost:{server.grpc.rpartition(':')[2]}"
-
-
-def certificate(folder: Path) -> Path:
-    """Make a certificate for localhost that is its own authority; its key is server.key beside it."""
-    path = folder / "server.pem"
-    names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    command += ["-addext", names, "-keyout", str(folder / "server.key"), "-out", str(path)]
-    subprocess.run(command, check=True, capture_output=True)
-    return path

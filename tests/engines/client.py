@@ -55,7 +55,13 @@ class Client:
         return self.engine._runners[self.base.model.id]
 
     def chunks(
-        self, adapter: str | None, text: str, count: int = 24, gone: threading.Event | None = None, **sampling: Any
+        self,
+        adapter: str | None,
+        text: str,
+        count: int = 24,
+        gone: threading.Event | None = None,
+        caller: str = "",
+        **sampling: Any,
     ) -> Iterator[Chunk]:
         options = {"temperature": 0.0, "top_p": 1.0, "top_k": 0} | sampling
         return self.engine.generate(
@@ -64,6 +70,7 @@ class Client:
             [Turn("user", text)],
             Sampling(max_output_tokens=count, **options),
             gone or threading.Event(),
+            caller,
         )
 
     def ask(self, adapter: str | None, text: str, count: int = 24, **sampling: Any) -> str:

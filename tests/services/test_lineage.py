@@ -96,6 +96,21 @@ def test_the_last_child_that_is_deleted_takes_the_parents_weights_along(server: 
     server.call("DELETE", busy["metadata"]["tunedModel"])
 
 
+def test_the_last_child_that_is_cancelled_takes_the_parents_weights_along(server: Server) -> None:
+    parent = server.finished(server.tune(job("mortal", epochs=1)))["response"]["name"]
+    busy = server.tune(job("busy", epochs=100))
+    first, second = (server.tune(child("waiting", parent)) for _ in range(2))
+    server.call("DELETE", parent)
+    server.call("POST", f"{first['name']}:cancel")
+    assert len(artifacts(server, parent)) == 1  # the second one needs it
+    server.call("POST", f"{second['metadata']['tunedModel']}:cancel")
+    assert not artifacts(server, parent)
+    living = server.tune(child("waiting"))
+    server.call("POST", f"{living['name']}:cancel")
+    assert len(artifacts(server, PARENT)) == 1
+    server.call("DELETE", busy["metadata"]["tunedModel"])
+
+
 def test_a_restart_keeps_what_a_waiting_child_needs(server: Server) -> None:
     parent = server.finished(server.tune(job("mortal", epochs=1)))["response"]["name"]
     busy = server.tune(job("busy", epochs=100))

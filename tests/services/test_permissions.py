@@ -214,6 +214,14 @@ def test_a_project(server: Server, ada: Person, bob: Person) -> None:
     assert [status(ada, "lab"), status(bob, "other")] == [403, 200]
     server.run("projects", "remove", "other", bob.email)
     assert status(bob, "other") == 403
+    server.run("projects", "add", "other", bob.email)
+    assert status(bob, "77") == 200
+    assert server.run("projects", "delete", "other") == "Deleted the project other.\n"
+    assert [status(bob, "other"), status(bob, "77")] == [403, 403]
+    assert server.run("projects", "create", "other", "--number", "77") == "77\n"
+    assert status(bob, "other") == 403  # the members went with it
+    server.run("projects", "delete", "77")
+    assert server.run("projects", "list") == f"lab  {number}  {ada.email}\n"
     error = server.call("PATCH", model, {"readerProjectNumbers": ["-1"]}, code=400)["error"]
     assert "UpdateTunedModelRequest.tuned_model.reader_project_numbers[0]" in error["message"]
 
@@ -257,6 +265,8 @@ def test_bad_groups_and_projects(server: Server) -> None:
         (("projects", "create", "Bad_Id"), "is not a project id"),
         (("projects", "create", "zero", "--number", "0"), "is not a project number"),
         (("projects", "add", "nothing", "ada@example.com"), "There is no project nothing"),
+        (("projects", "delete", "nothing"), "There is no project nothing"),
+        (("groups", "delete", "nobody@x"), "There is no group nobody@x"),
     ]:
         assert message in server.run(*arguments, code=1)
     server.run("projects", "create", "once")

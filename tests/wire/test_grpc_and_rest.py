@@ -13,6 +13,7 @@ from google.ai.generativelanguage_v1beta.services.generative_service.transports 
     GenerativeServiceGrpcTransport,
 )
 from google.ai.generativelanguage_v1beta.services.model_service.transports import ModelServiceGrpcTransport
+from google.ai.generativelanguage_v1beta.services.text_service.transports import TextServiceGrpcTransport
 from google.api_core.exceptions import GoogleAPICallError
 from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf.json_format import MessageToDict
@@ -46,9 +47,11 @@ class Client(Protocol):
     def operations(self, name: str) -> Any: ...
     def cancel(self, name: str) -> Any: ...
     def forget(self, name: str) -> Any: ...
+    def wait(self, name: str, seconds: float | None = None) -> Any: ...
     def generate(self, model: str, body: dict[str, Any]) -> Any: ...
     def stream(self, model: str, body: dict[str, Any]) -> Any: ...
     def count(self, model: str, body: dict[str, Any]) -> Any: ...
+    def count_text(self, model: str, text: str) -> Any: ...
     def files(self) -> Any: ...
 
 
@@ -95,6 +98,9 @@ class Rest:
     def forget(self, name):
         return self._call("DELETE", name)
 
+    def wait(self, name, seconds=None):
+        return self._call("POST", f"{name}:wait", {} if seconds is None else {"timeout": f"{seconds}s"})
+
     def generate(self, model, body):
         return self._call("POST", f"{model}:generateContent", body)
 
@@ -103,6 +109,9 @@ class Rest:
 
     def count(self, model, body):
         return self._call("POST", f"{model}:countTokens", {"contents": body["contents"]})
+
+    def count_text(self, model, text):
+        return self._call("POST", f"{model}:countTextTokens", {"prompt": {"text": text}})
 
     def files(self):
         return self._call("GET", "files")
@@ -140,6 +149,7 @@ class Grpc:
         channel = grpc.intercept_channel(plain, _Metadata(metadata))
         self._models = google.ModelServiceClient(transport=ModelServiceGrpcTransport(channel=channel))
         self._answers = google.GenerativeServiceClient(transport=GenerativeServiceGrpcTransport(channel=channel))
+        self._texts = google.TextServiceClient(transport=TextServiceGrpcTransport(channel=channel))
         self._files = google.FileServiceClient(transport=FileServiceGrpcTransport(channel=channel))
         self._operations = operations_pb2_grpc.OperationsStub(channel)
 
@@ -199,6 +209,9 @@ class Grpc:
 
     def count(self, model, body):
         return self._call(self._answers.count_tokens, {"model": model, "contents": body["contents"]})
+
+    def count_text(self, model, text):
+        return self._call(self._texts.count_text_tokens, {"model": model, "prompt": {"text": text}})
 
     def files(self):
         return self._call(self._files.list_files, {})
@@ -314,15 +327,56 @@ def test_a_forgotten_operation_is_gone(client: Client, server: Server):
     assert caught.value.message == f"Operation {operation['name']} does not exist."
 
 
-def test_wait_returns_when_it_is_done(both: list[Any], server: Server):
-    """Only gRPC has it: no HTTP rule exists."""
-    over_grpc = both[1]
+def test_wait_returns_when_it_is_done(client: Client, server: Server):
     operation = server.tune(job("awaited", epochs=5))
-    assert "done" not in over_grpc.wait(operation["name"], seconds=0)
-    assert over_grpc.wait(operation["name"])["response"]["state"] == "ACTIVE"
+    assert "done" not in client.wait(operation["name"], seconds=0)
+    assert client.wait(operation["name"])["response"]["state"] == "ACTIVE"
     running = server.tune(job("not-awaited", epochs=1000))
-    assert "done" not in over_grpc.wait(running["name"], seconds=0.3)
-    over_grpc.cancel(running["name"])
+    assert "done" not in client.wait(running["name"], seconds=0.3)
+    client.cancel(running["name"])
+
+
+def test_text_tokens_of_a_tuned_model_and_of_its_base(client: Client, tuned: dict[str, Any]):
+    for model in (tuned["metadata"]["tunedModel"], "models/tiny-gemma3"):
+        assert client.count_text(model, "7") == {"tokenCount": client.count(model, BODY)["totalTokens"]}
+
+
+MASK = "x-goog-fieldmask"
+
+
+def test_partial_responses(connect: Callable[[dict[str, str]], Client], server: Server, tuned: dict[str, Any]):
+    def masked(mask: str) -> Client:
+        return connect({"authorization": server.http.headers["authorization"], MASK: mask})
+
+    name = tuned["metadata"]["tunedModel"]
+    assert masked("name,state").get(name) == {"name": name, "state": "ACTIVE"}
+    assert masked("*").get(name) == masked("").get(name)
+    assert "tuningTask" in masked("*").get(name)
+    assert masked("tunedModels.name").list(1000)["tunedModels"][0].keys() == {"name"}
+    operation = masked("done,metadata(totalSteps,snapshots.step)").operation(tuned["name"])
+    assert operation["metadata"].pop("@type").endswith("CreateTunedModelMetadata")
+    steps = [{"step": step} for step in range(1, 6)]
+    assert operation == {"done": True, "metadata": {"totalSteps": 5, "snapshots": steps}}
+    parts = masked("candidates.finish_reason").stream(name, BODY)
+    assert parts[-1]["candidates"][0]["finishReason"] in ("STOP", "MAX_TOKENS")
+    assert {key for part in parts for key in part} == {"candidates"}
+    assert {key for part in parts for one in part["candidates"] for key in one} == {"finishReason"}
+
+
+def test_a_mask_of_what_is_not_there_refuses_the_call(
+    connect: Callable[[dict[str, str]], Client], server: Server, tuned: dict[str, Any]
+):
+    client = connect({"authorization": server.http.headers["authorization"], MASK: "name,etag"})
+    for call in (
+        lambda: client.get(tuned["metadata"]["tunedModel"]),
+        lambda: client.stream(tuned["metadata"]["tunedModel"], BODY),
+        lambda: client.create(job("masked"), "masked"),
+    ):
+        with pytest.raises(Failure) as caught:
+            call()
+        assert (caught.value.code, caught.value.details) == ("INVALID_ARGUMENT", BAD_REQUEST)
+        assert caught.value.message.startswith("Invalid field selection ")
+    server.call("GET", "tunedModels/masked", code=403)  # nothing was done
 
 
 def test_pages_go_on_over_the_other_transport(both: list[Client], tuned: dict[str, Any], server: Server):

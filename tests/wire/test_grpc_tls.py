@@ -11,10 +11,9 @@ from typing import Any
 import grpc
 import httpx2
 import pytest
-import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from servers import FREE_PORTS, Server, job
+from servers import FREE_PORTS, Server, command, job
 
 # What people's code does: the default transport, a host and port, a key; the environment names the CA.
 UNMODIFIED = """
@@ -43,14 +42,9 @@ except NotFound as error:
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ca.pem, and server.pem and server.key for this machine."""
+    """A folder as `tunesmith certificate` makes it: ca.pem, and server.pem and server.key for this machine."""
     folder = tmp_path_factory.mktemp("tls")
-    ca = trustme.CA()
-    ca.cert_pem.write_to_path(folder / "ca.pem")
-    own = ca.issue_cert("localhost", "127.0.0.1")
-    own.private_key_pem.write_to_path(folder / "server.key")
-    for number, blob in enumerate(own.cert_chain_pems):
-        blob.write_to_path(folder / "server.pem", append=number > 0)
+    subprocess.run([*command("certificate"), "--output", str(folder)], check=True, capture_output=True)
     return folder
 
 

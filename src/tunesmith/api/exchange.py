@@ -29,6 +29,7 @@ class Exchange:
         path: The path as sent, percent-encoded.
         query: The query string as sent.
         headers: The request's headers, by lower-case name.
+        address: The network address of the client.
         gone: Set when the client has left.
         answered: Whether the response has begun.
     """
@@ -38,20 +39,32 @@ class Exchange:
         self.path: str = (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")
         self.query: bytes = scope["query_string"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.address: str = scope["client"][0] if scope.get("client") else ""
         self.gone = Event()
         self.answered = False
         self._complete = False
         self._receive = receive
         self._send = send
 
-    async def read_body(self, limit: int) -> bytes:
+    async def read_body(self, limit: int, seconds: float) -> bytes:
         """Return the body, decompressed when it is gzip.
+
+        Args:
+            limit: The most bytes that are taken.
+            seconds: The longest time that they may take to arrive.
 
         Raises:
             InvalidArgument: It is longer than `limit` bytes, however small it came; no more than that is ever
-                held. Or it is compressed in another way, or is no gzip though it says so.
+                held. Or it is compressed in another way, or is no gzip though it says so. Or it comes too slowly.
             ClientDisconnect: The client left before sending all of it.
         """
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._read_body(limit)
+        except TimeoutError:
+            raise InvalidArgument(f"The request's body did not arrive within {seconds:g} seconds.") from None
+
+    async def _read_body(self, limit: int) -> bytes:
         refusal = InvalidArgument(f"Request payload size exceeds the limit: {limit} bytes.")
         inflate = _inflater(self.headers.get(b"content-encoding", b""))
         announced = int(self.headers.get(b"content-length", b"0"))

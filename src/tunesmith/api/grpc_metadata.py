@@ -1,7 +1,7 @@
-"""What gRPC carries beside the messages: credentials on the way in, google.rpc error details on the way out."""
+"""What gRPC carries beside the messages: credentials and field masks in, google.rpc error details out."""
 
 from collections.abc import Iterable
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import grpc
 
@@ -25,6 +25,19 @@ def credentials(metadata: Iterable[tuple[str, str | bytes]]) -> Credentials:
         api_key=found.get("x-goog-api-key") or None,
         project=found.get("x-goog-user-project") or None,
     )
+
+
+def address(peer: str) -> str:
+    """Return the network address of a client, as in ipv4:192.0.2.1:1234 or ipv6:%5B2001:db8::1%5D:1234."""
+    kind, _, rest = unquote(peer).partition(":")
+    return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else kind
+
+
+def fields(metadata: Iterable[tuple[str, str | bytes]]) -> str:
+    """Return what of the response a call asks for, as `fields` has it over REST; "" for all of it."""
+    given = next((value for key, value in metadata if key == "x-goog-fieldmask"), "")
+    text = given.strip() if isinstance(given, str) else ""
+    return "" if text == "*" else text
 
 
 def abort(context: grpc.ServicerContext, error: ApiError) -> None:

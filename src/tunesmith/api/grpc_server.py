@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -15,8 +15,9 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from tunesmith import protos
 from tunesmith.api import resource_names
-from tunesmith.api.dispatch import Dispatcher
-from tunesmith.api.grpc_metadata import abort, credentials
+from tunesmith.api.dispatch import WAITS, Dispatcher
+from tunesmith.api.field_mask import FieldMask, field_mask
+from tunesmith.api.grpc_metadata import abort, address, credentials, fields
 from tunesmith.api.grpc_reflection import reflection_handlers
 from tunesmith.api.http_rules import VERSIONS
 from tunesmith.api.metrics import CallMetrics
@@ -30,7 +31,6 @@ THREADS = 40
 
 PACKAGE = "google.ai.generativelanguage."
 _OWN_VERSION = "v1beta"
-_WAITS = {"google.longrunning.Operations.WaitOperation"}  # these have threads of their own
 
 # A larger message is refused by grpc itself, with RESOURCE_EXHAUSTED: up to this it is refused in our words.
 _REFUSED_IN_WORDS = 2
@@ -128,7 +128,7 @@ class GrpcServer:
         threads = self._pool(service.name)
         handlers = {}
         for rpc in service.methods:
-            own = self._pool(rpc.name) if rpc.full_name in _WAITS else threads
+            own = self._pool(rpc.name) if rpc.full_name in WAITS else threads
             handlers[rpc.name] = _handler(_Rpc(rpc, dispatcher, metrics, self._max_message_bytes), own)
         return handlers
 
@@ -152,15 +152,18 @@ class _Rpc:
     def answer(self, data: bytes, context: grpc.ServicerContext) -> Message:
         """Answer once."""
         with self._observed(context) as gone:
-            request = self._parse(data)
-            return self._dispatcher.call(self.rpc, request, credentials(context.invocation_metadata()), gone)
+            mask, brought = self._mask(context), credentials(context.invocation_metadata())
+            response = self._dispatcher.call(self.rpc, self._parse(data), brought, gone, address(context.peer()))
+            return mask.apply(response) if mask else response
 
     def stream(self, data: bytes, context: grpc.ServicerContext) -> Iterator[Message]:
         """Answer with a stream; grpc closes it when the client leaves."""
         with self._observed(context) as gone:
-            request = self._parse(data)
-            brought = credentials(context.invocation_metadata())
-            yield from self._dispatcher.stream(self.rpc, request, brought, gone)
+            mask, brought = self._mask(context), credentials(context.invocation_metadata())
+            request, peer = self._parse(data), address(context.peer())
+            with closing(self._dispatcher.stream(self.rpc, request, brought, gone, peer)) as responses:
+                for response in responses:
+                    yield mask.apply(response) if mask else response
 
     def refuse(self, _requests: Iterable[bytes], context: grpc.ServicerContext) -> Iterator[Message]:
         """Answer a stream of requests: no service takes one, so the dispatcher finds a word for it."""
@@ -183,6 +186,11 @@ class _Rpc:
             if gone.is_set():
                 code = "DEADLINE_EXCEEDED" if context.time_remaining() == 0 else "CANCELLED"
             self._metrics.observe(self.rpc.full_name, code, time.perf_counter() - started)
+
+    def _mask(self, context: grpc.ServicerContext) -> FieldMask | None:
+        """Return the mask that the caller asks for; raise InvalidArgument before anything is done."""
+        asked = fields(context.invocation_metadata())
+        return field_mask(asked, self.rpc.output_type) if asked else None
 
     def _parse(self, data: bytes) -> Message:
         if len(data) > self._max_message_bytes:

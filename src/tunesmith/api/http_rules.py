@@ -14,16 +14,21 @@ VERSIONS = ("v1", "v1beta", "v1alpha", "v1beta3")
 _OPERATIONS = "google.longrunning.Operations"
 _GENERATIVE = "google.ai.generativelanguage.v1beta.GenerativeService"
 
+_TEXT = "google.ai.generativelanguage.v1beta.TextService"
+
 # Google keeps the rules of operations in a service file; the generic ones of the protos would claim
 # `/v1/operations`. Two rules exist only in clients: they count the tokens of tuned models, and they cancel
-# by the model's name.
+# by the model's name. Two are ours alone, for what Google has over gRPC or for base models only: waiting, and
+# counting the tokens of a tuned model the old way.
 _OWN_RULES: tuple[tuple[str, str, str, str, str], ...] = (
     (_OPERATIONS, "GetOperation", "GET", "/v1beta/{name=tunedModels/*/operations/*}", ""),
     (_OPERATIONS, "ListOperations", "GET", "/v1beta/{name=tunedModels/*}/operations", ""),
     (_OPERATIONS, "CancelOperation", "POST", "/v1beta/{name=tunedModels/*/operations/*}:cancel", "*"),
     (_OPERATIONS, "CancelOperation", "POST", "/v1beta/{name=tunedModels/*}:cancel", "*"),
+    (_OPERATIONS, "WaitOperation", "POST", "/v1beta/{name=tunedModels/*/operations/*}:wait", "*"),
     (_OPERATIONS, "DeleteOperation", "DELETE", "/v1beta/{name=tunedModels/*/operations/*}", ""),
     (_GENERATIVE, "CountTokens", "POST", "/v1beta/{model=tunedModels/*}:countTokens", "*"),
+    (_TEXT, "CountTextTokens", "POST", "/v1beta/{model=tunedModels/*}:countTextTokens", "*"),
 )
 
 

@@ -175,7 +175,7 @@ def _double(value: float, _margin: str) -> str:
 
 
 def _float(value: float, _margin: str) -> str:
-    return _short(value)
+    return _short(value) if value else _double(value, "")  # zeros have a sign, which a cache does not tell apart
 
 
 @lru_cache(maxsize=1 << 16)  # losses are printed again with each look at a model

@@ -15,7 +15,6 @@ _OWN_PATTERNS = {
     "google.longrunning.Operations.ListOperations": [
         *("tunedModels/*", "tunedModels/*/operations", "operations", ""),
     ],
-    "google.longrunning.Operations.WaitOperation": ["tunedModels/*/operations/*"],
 }
 
 

@@ -1,6 +1,7 @@
 """The REST front: a Starlette app with one endpoint for all of Google's routes, and three routes of its own."""
 
 import gzip
+import math
 import re
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
@@ -19,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Lifespan, Receive, Scope, Send
 
+from tunesmith import protos
 from tunesmith.api.body_formats import (
     ARRAY_STREAM,
     EVENT_STREAM,
@@ -28,7 +30,7 @@ from tunesmith.api.body_formats import (
     BodyFormat,
     StreamFormat,
 )
-from tunesmith.api.dispatch import Dispatcher, internal
+from tunesmith.api.dispatch import WAITS, Dispatcher, internal
 from tunesmith.api.documents import document_routes
 from tunesmith.api.exchange import Exchange, Headers
 from tunesmith.api.field_mask import FieldMask, field_mask
@@ -41,6 +43,7 @@ from tunesmith.api.system_parameters import (
     system_parameters,
 )
 from tunesmith.api.transcoding import Match, Router, to_message
+from tunesmith.auth.scopes import INSUFFICIENT_SCOPE
 from tunesmith.errors import ApiError, InvalidArgument, Unauthenticated
 
 THREADS = 40
@@ -48,8 +51,8 @@ THREADS = 40
 
 _Result = TypeVar("_Result")
 
-_CHALLENGE = (b"www-authenticate", b'Bearer realm="https://accounts.google.com/", error="invalid_token"')
-_EXPOSED = ("www-authenticate", "content-encoding", "content-length", "date", "vary")
+_REALM = b'Bearer realm="https://accounts.google.com/", error='
+_EXPOSED = ("www-authenticate", "retry-after", "content-encoding", "content-length", "date", "vary")
 _PREFLIGHT_SECONDS = 3600
 _WRITTEN_INLINE = 16 << 10  # bytes; a larger response would hold up the others for a millisecond and more
 _GZIP_FROM = 1400  # bytes; what fits a packet is not worth compressing
@@ -60,6 +63,7 @@ def rest_app(
     dispatcher: Dispatcher,
     *,
     max_body_bytes: int,
+    receive_seconds: float = 60,
     ready: Callable[[], bool],
     metrics: CallMetrics | None = None,
     routes: Sequence[BaseRoute] = (),
@@ -73,6 +77,7 @@ def rest_app(
     Args:
         dispatcher: Runs the calls.
         max_body_bytes: The largest request body that is taken.
+        receive_seconds: How long a request's body may take to arrive.
         ready: Whether the server can serve; called in a thread for each `GET /readyz`.
         metrics: What `GET /metrics` shows.
         routes: Routes of other parts (sign-in, web page), tried before Google's.
@@ -96,7 +101,7 @@ def rest_app(
 
     own = [Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", prometheus)]
     described = document_routes(dispatcher.summaries())
-    api = _Api(dispatcher, max_body_bytes, shown, threads, inline)
+    api = _Api(dispatcher, max_body_bytes, receive_seconds, shown, threads, inline)
     app = Starlette(routes=[*own, *described, *routes], middleware=[_cors(cors_origins)], lifespan=lifespan)
     # Not a route: those match no path with a line break in it, and would answer in words of their own.
     app.router.default, app.router.redirect_slashes = api, False
@@ -156,17 +161,18 @@ class _Api:
         self,
         dispatcher: Dispatcher,
         max_body_bytes: int,
+        receive_seconds: float,
         metrics: CallMetrics,
         threads: int,
         inline: Collection[str],
     ) -> None:
         self._router = Router()
         self._dispatcher = dispatcher
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes, self._receive_seconds = max_body_bytes, receive_seconds
         self._metrics = metrics
         self._threads = threads
         self._inline = frozenset(inline)
-        # One for each service, so that long generations never keep a `get` waiting.
+        # One for each service, and for what waits, so that long generations never keep a `get` waiting.
         self._limiters: dict[str, CapacityLimiter] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -194,9 +200,9 @@ class _Api:
         match = call.match = self._router.match(method, exchange.path)
         body = b""
         if match.rule.body:
-            body = await exchange.read_body(self._max_body_bytes)
+            body = await exchange.read_body(self._max_body_bytes, self._receive_seconds)
         elif method != exchange.method and is_form(headers):
-            form = await exchange.read_body(self._max_body_bytes)
+            form = await exchange.read_body(self._max_body_bytes, self._receive_seconds)
             call.parameters = system_parameters(exchange.query + b"&" + form, headers)
         if match.rule.rpc.server_streaming:
             await self._stream(exchange, call, match, body)
@@ -213,7 +219,7 @@ class _Api:
 
         def run() -> Message:
             request = to_message(match, parameters.query, body, protobuf=is_protobuf(exchange.headers))
-            return self._dispatcher.call(rpc, request, parameters.credentials, exchange.gone)
+            return self._dispatcher.call(rpc, request, parameters.credentials, exchange.gone, exchange.address)
 
         def write(response: Message) -> tuple[bytes, Headers]:
             return _compress(call.written(response, mask), zipped)
@@ -234,7 +240,8 @@ class _Api:
 
         def begin() -> tuple[Generator[Message], bytes | None]:
             request = to_message(match, parameters.query, body, protobuf=is_protobuf(exchange.headers))
-            messages = self._dispatcher.stream(rpc, request, parameters.credentials, exchange.gone)
+            who = parameters.credentials
+            messages = self._dispatcher.stream(rpc, request, who, exchange.gone, exchange.address)
             first = next(messages, None)
             return messages, None if first is None else call.stream.part(call.written(first, mask), first=True)
 
@@ -274,10 +281,11 @@ class _Api:
         await exchange.send_part(end, more=False)
 
     async def _in_thread(self, match: Match, work: Callable[[], _Result]) -> _Result:
-        service = match.rule.rpc.containing_service.full_name
-        limiter = self._limiters.get(service)
+        rpc = match.rule.rpc
+        group = rpc.full_name if rpc.full_name in WAITS else rpc.containing_service.full_name
+        limiter = self._limiters.get(group)
         if limiter is None:
-            limiter = self._limiters[service] = CapacityLimiter(self._threads)
+            limiter = self._limiters[group] = CapacityLimiter(self._threads)
         return await to_thread.run_sync(work, limiter=limiter)
 
 
@@ -295,8 +303,22 @@ async def _refuse(exchange: Exchange, call: _Call, error: ApiError) -> None:
     body = call.format.error(error)
     if call.in_array:
         body = b"[" + body.rstrip() + b"]\n"
-    challenge = [_CHALLENGE] if isinstance(error, Unauthenticated) else []
-    await exchange.respond(int(error.http), body, [(b"content-type", call.format.content_type), *challenge])
+    headers = [(b"content-type", call.format.content_type)]
+    if challenge := _challenge(error):
+        headers.append((b"www-authenticate", challenge))
+    if error.retry_seconds is not None:
+        headers.append((b"retry-after", str(math.ceil(error.retry_seconds)).encode()))
+    await exchange.respond(int(error.http), body, headers)
+
+
+def _challenge(error: ApiError) -> bytes | None:
+    """Return what RFC 6750, section 3, has a client told that could do better with another token."""
+    if isinstance(error, Unauthenticated):
+        return _REALM + b'"invalid_token"'
+    reasons = (detail.reason for detail in error.details if isinstance(detail, protos.ErrorInfo))
+    if INSUFFICIENT_SCOPE in reasons:
+        return _REALM + b'"insufficient_scope"'
+    return None
 
 
 def _compress(data: bytes, zipped: bool) -> tuple[bytes, Headers]:

@@ -80,6 +80,15 @@ class Projects:
                     raise NotFound(f"{account} is not in the project {found.id}.")
                 session.delete(member)
 
+    def delete(self, project: str) -> None:
+        """Delete a project, given by id or number; models may still list its number, which then means nobody.
+
+        Raises:
+            NotFound: There is no such project.
+        """
+        with self._database.write() as session:
+            session.delete(_get(session, project))  # its members follow
+
 
 def _get(session: Session, project: str) -> Project:
     """Return a project by its id or its number."""

@@ -7,14 +7,15 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from sqlalchemy import bindparam, select
+from sqlalchemy.orm import Session
 
+from tunesmith.auth.scopes import CLOUD_PLATFORM, TUNING
 from tunesmith.errors import NotFound
 from tunesmith.store.database import Database
 from tunesmith.store.tables import AccessToken, Account
 
 PREFIX = "tst."
-AUTH = "https://www.googleapis.com/auth/"
-DEFAULT_SCOPES = (f"{AUTH}cloud-platform", f"{AUTH}generative-language.tuning")
+DEFAULT_SCOPES = (CLOUD_PLATFORM, TUNING)
 """What the tutorial asks for."""
 
 
@@ -35,29 +36,42 @@ class AccessTokens:
         Raises:
             NotFound: There is no such account.
         """
-        token = PREFIX + secrets.token_urlsafe(32)
-        now = time.time()
         with self._database.write() as session:
             account = session.get(Account, email.strip().lower())
             if account is None:
                 raise NotFound(f"There is no account {email}. Make it with: tunesmith accounts create {email}")
-            session.add(
-                AccessToken(
-                    token_hash=digest(token),
-                    account=account.email,
-                    scopes=" ".join(scopes),
-                    create_time=now,
-                    expire_time=now + seconds,
-                )
-            )
-        return token
+            return new_token(session, account.email, " ".join(scopes), seconds)
 
     def find(self, token: str) -> "Grant | None":
         """Return what a token grants that is good now: known, not expired, its account not disabled."""
-        with self._database.read() as session:
-            values = {"token_hash": digest(token), "now": time.time()}
-            found = session.connection().execute(_FIND, values).first()
-            return None if found is None else Grant(*found)
+        found = self._database.first(_FIND, {"token_hash": digest(token), "now": time.time()})
+        return Grant(*found) if found else None
+
+
+def new_token(
+    session: Session, account: str, scopes: str, seconds: float, authorization: str | None = None
+) -> str:
+    """Add a token to a session's changes and return it.
+
+    Args:
+        session: Of a `Database.write()`.
+        account: The e-mail address of an account.
+        scopes: Separated by spaces.
+        seconds: How long it is good.
+        authorization: Id of the authorization that it ends with.
+    """
+    token, now = PREFIX + secrets.token_urlsafe(32), time.time()
+    session.add(
+        AccessToken(
+            token_hash=digest(token),
+            account=account,
+            scopes=scopes,
+            create_time=now,
+            expire_time=now + seconds,
+            authorization=authorization,
+        )
+    )
+    return token
 
 
 class Grant(NamedTuple):
@@ -67,7 +81,7 @@ class Grant(NamedTuple):
     scopes: str
 
 
-# Every request runs it: it is built once, and makes no objects of the session.
+# Built once: every request runs it.
 _FIND = (
     select(AccessToken.account, AccessToken.scopes)
     .join(Account, Account.email == AccessToken.account)

@@ -49,8 +49,12 @@ class Verifier:
                     return caller
             _refuse_token(credentials.bearer)
         if credentials.api_key is not None:
-            account = self._keys.find(credentials.api_key)
-            return Caller(account, project=credentials.project) if account else _refuse_key()
+            key = self._keys.find(credentials.api_key)
+            if key is None:
+                _refuse_key("API key not valid. Please pass a valid API key.")
+            if key.expired:
+                _refuse_key("API key expired. Please renew the API key.")
+            return Caller(key.account, frozenset(key.scopes.split()) or None, credentials.project)
         raise PermissionDenied(
             "Method doesn't allow unregistered callers (callers without established identity). Please use API "
             "Key or other form of API consumer identity to call this API."
@@ -67,7 +71,6 @@ def _refuse_token(token: str) -> NoReturn:
     )
 
 
-def _refuse_key() -> NoReturn:
-    message = "API key not valid. Please pass a valid API key."
+def _refuse_key(message: str) -> NoReturn:
     localized = protos.LocalizedMessage(locale="en-US", message=message)
     raise InvalidArgument(message, [error_info("API_KEY_INVALID"), localized])

@@ -62,6 +62,7 @@ class Engine(Protocol):
         turns: Sequence[Turn],
         sampling: Sampling,
         gone: threading.Event,
+        caller: str = "",
     ) -> Iterator[Chunk]:
         """Yield an answer's chunks; those of several candidates as they come, each candidate's in order.
 
@@ -70,7 +71,8 @@ class Engine(Protocol):
             adapter: Path of a published adapter in the artifact store; None for the base model itself.
             turns: The conversation, ending with a user's turn; a system instruction comes first.
             sampling: How tokens are chosen.
-            gone: Set when nobody waits for the answer any more; so does closing the iterator.
+            gone: Set when nobody waits for the answer any more; closing the iterator says the same.
+            caller: The account that asks; when more ask than fit, accounts take turns.
 
         Raises:
             InvalidArgument: The prompt is longer than the model takes.
@@ -83,7 +85,9 @@ class Engine(Protocol):
     def count_tokens(self, model: BaseModel, adapter: str | None, turns: Sequence[Turn]) -> int:
         """Return the length of the prompt that `generate` would make."""
 
-    def embed(self, model: BaseModel, texts: Sequence[str], gone: threading.Event) -> list[list[float]]:
+    def embed(
+        self, model: BaseModel, texts: Sequence[str], gone: threading.Event, caller: str = ""
+    ) -> list[list[float]]:
         """Return a vector of length 1 for each text: the mean of the model's last hidden states.
 
         Raises:

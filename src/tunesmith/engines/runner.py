@@ -5,12 +5,12 @@
                  +------------+-----------+--- gone: leaves at the next step
 
 A step takes some of the waiting into a prefill, computes one chunk of the prefill whose turn it is, and then
-one token for all that are running.
+one token for all that are running. Of the waiting, callers take turns: who has the fewest under way comes first.
 """
 
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -28,6 +28,7 @@ from tunesmith.engines.kv_cache import KVCache, causal_mask
 from tunesmith.engines.linear import linear
 from tunesmith.engines.lora import Adapter, AdapterMix, adapt
 from tunesmith.engines.sampling import Sampler, choose
+from tunesmith.engines.turns import Turns
 from tunesmith.errors import ApiError, Cancelled, FailedPrecondition, Internal, Unavailable
 
 CHUNK = 512
@@ -69,6 +70,7 @@ class Request:
         gone: Set when nobody waits for the answer any more.
         events: The answer's tokens one by one, then `Ended`, or an error instead; each with `index`.
         index: Which of the requests that share `events` it is.
+        caller: Who asks; callers take turns.
         abandoned: Set when the reader has stopped reading.
         tokens: Ids generated so far.
     """
@@ -81,6 +83,7 @@ class Request:
     gone: threading.Event
     events: Events = field(default_factory=SimpleQueue)
     index: int = 0
+    caller: str = ""
     abandoned: bool = False
     ended: bool = False
     tokens: list[int] = field(default_factory=list)
@@ -142,12 +145,12 @@ class Runner:
         self._dtype = dtype
         self._mix = AdapterMix()
         self._max_batch = max_batch
-        self._waiting: deque[Request] = deque()
+        self._waiting: Turns[Request] = Turns()
         self._prefilling: deque[_Prefill] = deque()
         self._running: list[Request] = []
         self._cache = KVCache(0, device)
         """Row i is the i-th running request's."""
-        self._tasks: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._tasks: Turns[tuple[Future[Any], Callable[[], Any]]] = Turns()
         """What is no request: computed between two steps, one at a time."""
         self._closing = False
         self._wake = threading.Condition()
@@ -166,7 +169,8 @@ class Runner:
         """
         with self._wake:
             self._refuse_when_closing()
-            self._waiting.extend(requests)
+            for request in requests:
+                self._waiting.add(request.caller, [request])
             self._wake.notify()
 
     def logprob(self, tokens: Sequence[int], prompt_length: int, adapter: Adapter | None) -> float:
@@ -177,13 +181,16 @@ class Runner:
         """
         return self._between_steps(lambda: self._logprob(tokens, prompt_length, adapter))
 
-    def embed(self, texts: Sequence[Sequence[int]], skip: int, gone: threading.Event) -> torch.Tensor:
+    def embed(
+        self, texts: Sequence[Sequence[int]], skip: int, gone: threading.Event, caller: str = ""
+    ) -> torch.Tensor:
         """Return the mean of each text's last hidden states, float32 [texts, size].
 
         Args:
             texts: Token ids, more than `skip` each.
             skip: How many tokens at each text's beginning are not counted.
             gone: Set when nobody waits for the result any more.
+            caller: Who asks; callers take turns.
 
         Raises:
             Cancelled: `gone` was set.
@@ -196,7 +203,8 @@ class Runner:
                 if gone.is_set():
                     raise Cancelled("The client went away.")
                 chunks = [text[start : start + CHUNK] for text in group]
-                total = total + self._between_steps(partial(self._summed, cache, chunks, max(skip - start, 0)))
+                summed = partial(self._summed, cache, chunks, max(skip - start, 0))
+                total = total + self._between_steps(summed, caller)
             counts = torch.tensor([len(text) - skip for text in group], device=self.device)
             means.append(total / counts[:, None])
         return torch.cat(means)
@@ -208,7 +216,7 @@ class Runner:
             self._wake.notify()
         self._thread.join()
 
-    def _between_steps(self, compute: Callable[[], _Result]) -> _Result:
+    def _between_steps(self, compute: Callable[[], _Result], caller: str = "") -> _Result:
         """Compute something on the runner's thread and wait for it.
 
         Raises:
@@ -217,7 +225,7 @@ class Runner:
         result: Future[_Result] = Future()
         with self._wake:
             self._refuse_when_closing()
-            self._tasks.append((result, compute))
+            self._tasks.add(caller, [(result, compute)])
             self._wake.notify()
         return result.result()
 
@@ -292,20 +300,23 @@ class Runner:
         self._drop_ended()
 
     def _do_a_task(self) -> None:
-        if self._tasks:
-            result, compute = self._tasks.popleft()
-            try:
-                result.set_result(compute())
-            except Exception as error:
-                logger.exception("A task of %s failed.", self.weights.model.id)
-                failed = _failed()
-                failed.__cause__ = error
-                result.set_exception(failed)
+        with self._wake:
+            turn = self._tasks.next({})
+            if turn is None:
+                return
+            result, compute = self._tasks.take(turn[0])
+        try:
+            result.set_result(compute())
+        except Exception as error:
+            logger.exception("A task of %s failed.", self.weights.model.id)
+            failed = _failed()
+            failed.__cause__ = error
+            result.set_exception(failed)
 
     def _drop_ended(self) -> None:
         """Take out the requests that have ended, and those that nobody waits for."""
         with self._wake:
-            self._waiting = deque(request for request in self._waiting if not request.leave())
+            self._waiting.keep(lambda request: not request.leave())
         self._prefilling = deque(
             prefill for prefill in self._prefilling if not all(request.leave() for request in prefill.requests)
         )
@@ -318,16 +329,19 @@ class Runner:
             self._cache = KVCache(0, self.device)
 
     def _admit(self) -> None:
-        """Take from the queue, into one prefill, what fits the batch and one pass."""
-        room = self._max_batch - len(self._running) - sum(len(one.requests) for one in self._prefilling)
+        """Take from those that wait, into one prefill, what fits the batch and one pass."""
+        under_way = [*self._running, *(request for prefill in self._prefilling for request in prefill.requests)]
+        held = Counter(request.caller for request in under_way)
         admitted: list[Request] = []
         longest = 0
         with self._wake:
-            while self._waiting and len(admitted) < room:
-                longest = max(longest, len(self._waiting[0].prompt))
+            while len(under_way) + len(admitted) < self._max_batch and (turn := self._waiting.next(held)):
+                caller, request = turn
+                longest = max(longest, len(request.prompt))
                 if admitted and longest * (len(admitted) + 1) > CHUNK:
                     break
-                admitted.append(self._waiting.popleft())
+                admitted.append(self._waiting.take(caller))
+                held[caller] += 1
         if admitted:
             self._prefilling.append(_Prefill(admitted, KVCache(len(admitted), self.device)))
 

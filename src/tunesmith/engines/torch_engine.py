@@ -76,6 +76,7 @@ class TorchEngine:
         turns: Sequence[Turn],
         sampling: Sampling,
         gone: threading.Event,
+        caller: str = "",
     ) -> Iterator[Chunk]:
         """Yield an answer's chunks; see `Engine.generate`."""
         runner = self._runner(model)
@@ -87,7 +88,7 @@ class TorchEngine:
             stop_tokens, most = prompt_format.stop_tokens(tokenizer), sampling.max_output_tokens
             events: Events = SimpleQueue()
             requests = [
-                Request(prompt, loaded, sampler, most, stop_tokens, gone, events, index)
+                Request(prompt, loaded, sampler, most, stop_tokens, gone, events, index, caller)
                 for index, sampler in enumerate(_samplers(sampling))
             ]
             texts = [TextStream(tokenizer, prompt_format.answer, sampling.stop_sequences) for _ in requests]
@@ -108,13 +109,15 @@ class TorchEngine:
         tokenizer = self._tokenizer(weights.get(model, self._cache_dir))
         return len(self._format(model, adapter).prompt(tokenizer, turns))
 
-    def embed(self, model: BaseModel, texts: Sequence[str], gone: threading.Event) -> list[list[float]]:
+    def embed(
+        self, model: BaseModel, texts: Sequence[str], gone: threading.Event, caller: str = ""
+    ) -> list[list[float]]:
         """Return a vector of length 1 for each text; see `Engine.embed`."""
         runner = self._runner(model)
         tokenizer = self._tokenizer(runner.weights)
         passages = [FORMATS[model.untuned_prompt_format].passage(tokenizer, text) for text in texts]
         tokens = [_checked(passage, model, runner) for passage, _ in passages]
-        means = runner.embed(tokens, passages[0][1], gone)
+        means = runner.embed(tokens, passages[0][1], gone, caller)
         vectors: list[list[float]] = functional.normalize(means, dim=-1).tolist()
         return vectors
 

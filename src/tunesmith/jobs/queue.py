@@ -3,6 +3,9 @@
 A job is queued, then running under a lease that its worker renews, then done. A stalled job is not a state
 but a query: running, and its lease has run out. What a worker writes carries its claim; once another worker
 has claimed the job, the first one's writes are refused.
+
+Accounts take turns: the next job is of the account that has the fewest running, among these of the one that had
+its turn the longest ago, and is its oldest. A job that was begun goes on before all that were not.
 """
 
 import time
@@ -10,17 +13,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from sqlalchemy import Select, and_, delete, func, or_, select, update
+from sqlalchemy import Select, and_, case, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from tunesmith import protos
-from tunesmith.errors import ApiError, Cancelled, FailedPrecondition
+from tunesmith.errors import ApiError, Cancelled, FailedPrecondition, ResourceExhausted
 from tunesmith.store.database import Database
 from tunesmith.store.snapshots import add_snapshots
-from tunesmith.store.tables import Job, Snapshot, TunedModel
+from tunesmith.store.tables import Account, Job, Snapshot, TunedModel
 from tunesmith.store.times import now, now_in_microseconds
 
 MOST_FRUITLESS_ATTEMPTS = 3
+FULL_SECONDS = 30.0
+"""When to try again with one job too many: jobs take from seconds to hours."""
 
 
 class LeaseLost(Exception):
@@ -60,14 +65,15 @@ class JobQueue:
         self.lease_seconds = lease_seconds
 
     def claim(self, worker: str) -> Claim | None:
-        """Give the oldest job that nobody works on to a worker; None when there is none."""
+        """Give the next job that nobody works on to a worker; None when there is none."""
         with self.database.read() as session:
-            if session.scalars(_claimable()).first() is None:
+            if session.scalars(_next()).first() is None:
                 return None
         with self.database.write() as session:
-            job = session.scalars(_claimable().with_for_update(skip_locked=True)).first()
-            if job is None:
+            job_id = session.scalars(_next().with_for_update(of=Job, skip_locked=True)).first()
+            if job_id is None:
                 return None
+            job = session.get_one(Job, job_id)
             if job.fruitless_attempts >= MOST_FRUITLESS_ATTEMPTS:
                 _end(session, job, error=_gave_up(job))
                 return None
@@ -76,6 +82,8 @@ class JobQueue:
             job.lease_until = time.time() + self.lease_seconds
             job.attempt += 1
             job.fruitless_attempts += 1
+            served = update(Account).where(Account.email == job.account)
+            session.execute(served.values(served_time=time.time()))
             model, message = _model(session, job)
             if not message.tuning_task.HasField("start_time"):
                 message.tuning_task.start_time.CopyFrom(now())
@@ -165,10 +173,51 @@ def cancel(session: Session, job: Job) -> None:
         _end(session, job, error=Cancelled("The operation was cancelled before tuning began."))
 
 
-def _claimable() -> Select[Job]:
-    """Jobs that nobody works on, oldest first: queued ones, and stalled ones."""
-    stalled = and_(Job.state == "running", Job.lease_until < time.time())
-    return select(Job).where(or_(Job.state == "queued", stalled)).order_by(Job.create_time, Job.id).limit(1)
+def check_room(session: Session, account: str, most: int) -> None:
+    """Refuse one more job of an account that has as many waiting as it may; in the transaction that adds it.
+
+    Args:
+        session: Of a `Database.write()`.
+        account: Whose job it is.
+        most: How many; 0 for any number.
+
+    Raises:
+        ResourceExhausted: There are as many.
+    """
+    if not most:
+        return
+    # Locked, or two requests at once would both be the last one that fits.
+    session.execute(select(Account.email).where(Account.email == account).with_for_update(key_share=True))
+    waiting = select(func.count()).where(Job.account == account, Job.state == "queued")
+    if (session.scalar(waiting) or 0) >= most:
+        what = "Too many tuning jobs are waiting for a worker."
+        raise ResourceExhausted.over("queued_jobs_per_account", most, account, what, FULL_SECONDS)
+
+
+def _next() -> Select[str]:
+    """Return the query of the job whose turn it is among those that nobody works on: queued and stalled ones."""
+    now = time.time()
+    stalled = and_(Job.state == "running", Job.lease_until < now)
+    running = (
+        select(Job.account, func.count().label("jobs"))
+        .where(Job.state == "running", Job.lease_until >= now)
+        .group_by(Job.account)
+        .subquery()
+    )
+    return (
+        select(Job.id)
+        .outerjoin(running, running.c.account == Job.account)
+        .outerjoin(Account, Account.email == Job.account)
+        .where(or_(Job.state == "queued", stalled))
+        .order_by(
+            case((Job.attempt > 0, 0), else_=1),
+            func.coalesce(running.c.jobs, 0),
+            func.coalesce(Account.served_time, 0.0),
+            Job.create_time,
+            Job.id,
+        )
+        .limit(1)
+    )
 
 
 def _gave_up(job: Job) -> ApiError:

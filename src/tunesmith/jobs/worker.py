@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, Self
 
@@ -73,8 +74,24 @@ class Worker:
         self._queue, self._artifacts, self._catalog = queue, artifacts, catalog
         self._device = pick_device(settings.device)
         self._base: Base | None = None
+        self._claim: Claim | None = None
+        self._training = threading.Event()
         if settings.threads:
             torch.set_num_threads(settings.threads)
+
+    def prepare(self) -> None:
+        """Load the default base model and warm it up, unless its weights are yet to be fetched."""
+        if weights.find(self._catalog.default, self._settings.cache_dir):
+            self.warm_up(self._catalog.default)
+
+    def leaves(self) -> bool:
+        """Return whether the process may end at once: no step is under way, and the job, if any, is put back."""
+        if self._training.is_set():
+            return False
+        if claim := self._claim:
+            with suppress(LeaseLost):
+                self._queue.put_back(claim)
+        return True
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop` is set; a job that is under way then is checkpointed and put back.
@@ -82,11 +99,9 @@ class Worker:
         An error that is not the job's own ends the process: the job's lease runs out, whoever started the
         worker starts another, and a job that never gets through a step is given up by the queue.
         """
-        if weights.find(self._catalog.default, self._settings.cache_dir):
-            self.warm_up(self._catalog.default)
         logger.info("worker %s is ready", self._name)
         while not stop.is_set():
-            claim = self._queue.claim(self._name)
+            claim = self._claim = self._queue.claim(self._name)
             if claim is None:
                 stop.wait(POLL_SECONDS)
                 continue
@@ -94,6 +109,8 @@ class Worker:
                 self._work(claim, stop)
             except LeaseLost as lost:
                 logger.warning("%s; leaving it", lost)
+            finally:
+                self._training.clear()
 
     def warm_up(self, model: BaseModel) -> None:
         """Load a base model and take one step with it: the first one is slower than the others."""
@@ -139,6 +156,7 @@ class Worker:
             base.tokenizer,
             model.tuning_token_limit,
         )
+        self._training.set()
         with TuningRun(base, rows, claim.hyperparameters, claim.seed, start=start) as run:
             if claim.checkpoint:
                 run.restore(self._artifacts.read(claim.checkpoint))

@@ -81,9 +81,12 @@ def role_of(session: Session, caller: Caller, model: TunedModel) -> int | None:
 def names(caller: Caller) -> ColumnElement[bool]:
     """The permissions that mean the caller, as a user or in a group."""
     groups = select(GroupMember.group).where(GroupMember.account == caller.account)
+    in_group: ColumnElement[bool] = Permission.grantee.in_(groups)
+    if caller.groups:
+        in_group = or_(in_group, Permission.grantee.in_(caller.groups))
     return or_(
         and_(Permission.grantee_type == USER, Permission.grantee == caller.account),
-        and_(Permission.grantee_type == GROUP, Permission.grantee.in_(groups)),
+        and_(Permission.grantee_type == GROUP, in_group),
     )
 
 

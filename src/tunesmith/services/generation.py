@@ -59,7 +59,8 @@ class GenerativeService:
         version = weights.get(target.base, self._cache_dir).version
         response_id = secrets.token_urlsafe(12)
         output_tokens = [0] * chosen.candidates
-        for chunk in self._engine.generate(target.base, target.adapter, turns, chosen, caller.gone):
+        who = caller.gone, caller.account
+        for chunk in self._engine.generate(target.base, target.adapter, turns, chosen, *who):
             output_tokens[chunk.index] = chunk.output_tokens
             yield _response(chunk, sum(output_tokens), version, response_id)
 
@@ -88,7 +89,7 @@ class GenerativeService:
         """
         base = self._targets.base(request.model, "embedContent")
         text = _passage(request, "EmbedContentRequest")
-        (vector,) = self._engine.embed(base, [text], caller.gone)
+        (vector,) = self._engine.embed(base, [text], caller.gone, caller.account)
         return protos.EmbedContentResponse(embedding=_embedding(vector, request, "EmbedContentRequest"))
 
     def batch_embed_contents(
@@ -106,7 +107,7 @@ class GenerativeService:
                     [(f"{path}[{number}].model", f"must be {request.model} as the batch's, not {one.model!r}")]
                 )
         texts = [_passage(one, f"{path}[{number}]") for number, one in enumerate(request.requests)]
-        vectors = self._engine.embed(base, texts, caller.gone)
+        vectors = self._engine.embed(base, texts, caller.gone, caller.account)
         return protos.BatchEmbedContentsResponse(
             embeddings=[
                 _embedding(vector, one, f"{path}[{number}]")

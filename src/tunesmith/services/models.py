@@ -12,9 +12,11 @@ from tunesmith import protos
 from tunesmith.base_models.catalog import Catalog
 from tunesmith.caller import Caller
 from tunesmith.errors import AlreadyExists, InvalidArgument
+from tunesmith.jobs import queue
 from tunesmith.services import access, datasets, filter, lineage, paging
 from tunesmith.services.messages import tuned_model_message, tuned_model_messages
 from tunesmith.services.operations import operation_message
+from tunesmith.store import audit
 from tunesmith.store.artifacts import ArtifactStore
 from tunesmith.store.database import Database
 from tunesmith.store.sweep import sweep_model
@@ -36,9 +38,11 @@ _EXAMPLES = f"{_REQUEST}.tuning_task.training_data.examples.examples"
 class ModelService:
     """google.ai.generativelanguage.v1beta.ModelService."""
 
-    def __init__(self, database: Database, artifacts: ArtifactStore, catalog: Catalog, seed: int) -> None:
+    def __init__(
+        self, database: Database, artifacts: ArtifactStore, catalog: Catalog, seed: int, queued_jobs: int = 0
+    ) -> None:
         self._database, self._artifacts, self._catalog = database, artifacts, catalog
-        self._seed = seed
+        self._seed, self._queued_jobs = seed, queued_jobs
         self._tokens = paging.PageTokens(database)
 
     def get_model(self, request: protos.GetModelRequest, _caller: Caller) -> protos.Model:
@@ -66,8 +70,10 @@ class ModelService:
         rows = datasets.count(given.tuning_task.training_data)
         resolved = hyperparameters.resolve(given.tuning_task.hyperparameters, rows)
         model_id = request.tuned_model_id or generate_id(given.display_name)
+        audit.note(f"tunedModels/{model_id}", f"from {lineage.asked_parent(given) or given.base_model}")
         try:
             with self._database.write() as session:
+                queue.check_room(session, caller.account, self._queued_jobs)
                 source = lineage.source(session, self._catalog, caller, given)
                 model = _new(given, f"tunedModels/{model_id}", source, resolved)
                 row = TunedModel(
@@ -87,6 +93,7 @@ class ModelService:
                     total_steps=hyperparameters.total_steps(rows, resolved),
                     create_time=row.create_time,
                     start=source.adapter,
+                    account=caller.account,
                 )
                 session.add(row)
                 session.flush()
@@ -131,6 +138,7 @@ class ModelService:
         fields = _masked(request.update_mask) or [
             field.name for field, _ in given.ListFields() if field.name in MUTABLE
         ]
+        audit.note(detail=_changed(fields, given))
         with self._database.write() as session:
             row = access.tuned_model(session, caller, given.name, access.WRITER, lock=True)
             message = protos.TunedModel.FromString(row.message)
@@ -235,6 +243,13 @@ def _field_violations(model: protos.TunedModel, path: str) -> Iterator[tuple[str
     for index, number in enumerate(model.reader_project_numbers):
         if number < 1:
             yield f"{path}.reader_project_numbers[{index}]", f"must be a project's number, not {number}"
+
+
+def _changed(fields: list[str], given: protos.TunedModel) -> str:
+    """Return which fields an update changes, and with whom it shares the model."""
+    numbers = ",".join(map(str, given.reader_project_numbers)) or "none"
+    named = (f"{field}={numbers}" if field == "reader_project_numbers" else field for field in fields)
+    return ", ".join(named)
 
 
 def _too_long(text: str, most: int) -> str:

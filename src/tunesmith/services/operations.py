@@ -11,7 +11,9 @@ from tunesmith.errors import NotFound
 from tunesmith.jobs import queue
 from tunesmith.services import access, paging
 from tunesmith.services.messages import tuned_model_message
+from tunesmith.store.artifacts import ArtifactStore
 from tunesmith.store.database import Database
+from tunesmith.store.sweep import sweep_model
 from tunesmith.store.tables import Job, TunedModel
 
 DEFAULT_PAGE = 50
@@ -41,8 +43,8 @@ def operation_message(session: Session, job: Job, model: TunedModel) -> protos.O
 class Operations:
     """Operations live under the tuned model that they make."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, database: Database, artifacts: ArtifactStore) -> None:
+        self._database, self._artifacts = database, artifacts
         self._tokens = paging.PageTokens(database)
 
     def get_operation(self, request: protos.GetOperationRequest, caller: Caller) -> protos.Operation:
@@ -91,6 +93,9 @@ class Operations:
                 jobs = [*session.scalars(select(Job).where(Job.tuned_model == model.id))]
             for job in jobs:
                 queue.cancel(session, job)
+            starts = {job.start for job in jobs if job.start and job.state == "done"}
+        for start in starts:  # which may have been kept for these jobs alone
+            sweep_model(self._database, self._artifacts, start.split("/")[1])
         return protos.Empty()
 
     def wait_operation(self, request: protos.WaitOperationRequest, caller: Caller) -> protos.Operation:

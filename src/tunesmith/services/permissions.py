@@ -13,6 +13,7 @@ from tunesmith.errors import AlreadyExists, FailedPrecondition, InvalidArgument,
 from tunesmith.services import access, paging
 from tunesmith.services.access import EVERYONE, GROUP, OWNER, READER, USER, WRITER
 from tunesmith.services.messages import permission_message
+from tunesmith.store import audit
 from tunesmith.store.database import Database
 from tunesmith.store.tables import Account, Group, Permission, TunedModel
 
@@ -57,6 +58,7 @@ class PermissionService:
                 create_time=time.time(),
             )
             message = permission_message(row)
+            audit.note(message.name, _told(row))
             if session.get(Permission, (model.id, row.id)) or row.id == _owners(model).id:
                 raise AlreadyExists(f"Permission {message.name} already exists.")
             session.add(row)
@@ -110,6 +112,7 @@ class PermissionService:
             row = _others(session, caller, given.name)
             _check_role(row.grantee_type, given.role, "UpdatePermissionRequest.permission")
             row.role = given.role
+            audit.note(detail=_told(row))
             return permission_message(row)
 
     def delete_permission(self, request: protos.DeletePermissionRequest, caller: Caller) -> protos.Empty:
@@ -119,7 +122,9 @@ class PermissionService:
             FailedPrecondition: It is the owner's.
         """
         with self._database.write() as session:
-            session.delete(_others(session, caller, request.name))
+            row = _others(session, caller, request.name)
+            audit.note(detail=_told(row))
+            session.delete(row)
         return protos.Empty()
 
     def transfer_ownership(
@@ -131,6 +136,7 @@ class PermissionService:
             InvalidArgument: There is no such account, or it is disabled.
         """
         email = request.email_address.strip().lower()
+        audit.note(detail=f"to {email}")
         with self._database.write() as session:
             model = access.tuned_model(session, caller, _model(request.name), OWNER, lock=True)
             account = session.get(Account, email)
@@ -145,6 +151,12 @@ class PermissionService:
                 session.add(before)
                 model.owner = email
         return protos.TransferOwnershipResponse()
+
+
+def _told(row: Permission) -> str:
+    """Return what a permission gives, in a few words."""
+    role, kind = protos.Permission.Role.Name(row.role), protos.Permission.GranteeType.Name(row.grantee_type)
+    return f"{role} for {kind} {row.grantee}".rstrip()
 
 
 def permission_id(grantee_type: int, email: str) -> str:

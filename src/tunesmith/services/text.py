@@ -22,7 +22,8 @@ class TextService:
         turns = _turns(request.prompt, "GenerateTextRequest")
         chosen = sampling(request, target, "GenerateTextRequest")
         texts = [""] * chosen.candidates
-        for chunk in self._engine.generate(target.base, target.adapter, turns, chosen, caller.gone):
+        who = caller.gone, caller.account
+        for chunk in self._engine.generate(target.base, target.adapter, turns, chosen, *who):
             texts[chunk.index] += chunk.text
         return protos.GenerateTextResponse(candidates=[protos.TextCompletion(output=text) for text in texts])
 

@@ -12,6 +12,8 @@ from sqlalchemy import Connection, Engine, Select, create_engine, event, make_ur
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.compiler import SQLCompiler
 
+from tunesmith.store import audit
+
 SQLITE_BUSY_SECONDS = 30
 SQLITE_CONNECTIONS = 40  # kept open, as many as threads use at a time; opening one takes longer than most reads
 
@@ -69,9 +71,16 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """A session whose changes are committed when the block ends, or all undone when it raises."""
+        """A session whose changes are committed when the block ends, or all undone when it raises.
+
+        The commit takes along the record of the change under way, see `audit.py`.
+        """
         with self._writing, Session(self._engine.execution_options(writes=True)) as session, session.begin():
             yield session
+            if change := audit.unrecorded():
+                session.add(change.row())
+        if change:
+            change.recorded = True
 
     def close(self) -> None:
         """Close all connections."""

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from sqlalchemy import BigInteger, ForeignKey, Index, LargeBinary
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, LargeBinary, false
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, validates
 
 from tunesmith import protos
@@ -15,7 +15,7 @@ class Table(DeclarativeBase):
 
 
 class Account(Table):
-    """A person who may call the API."""
+    """A person or a program that may call the API."""
 
     __tablename__ = "accounts"
 
@@ -23,6 +23,10 @@ class Account(Table):
     password_hash: Mapped[str | None]
     disabled: Mapped[bool] = mapped_column(default=False)
     create_time: Mapped[float]
+    service: Mapped[bool] = mapped_column(default=False, server_default=false())
+    """A program's: it signs in with keys, never with a password."""
+    served_time: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    """When a worker last began one of its jobs; 0 before the first."""
 
 
 class AccessToken(Table):
@@ -34,7 +38,124 @@ class AccessToken(Table):
     account: Mapped[str] = mapped_column(ForeignKey("accounts.email", ondelete="CASCADE"))
     scopes: Mapped[str]
     create_time: Mapped[float]
-    expire_time: Mapped[float]
+    expire_time: Mapped[float] = mapped_column(index=True)
+    authorization: Mapped[str | None] = mapped_column(
+        ForeignKey("authorizations.id", ondelete="CASCADE"), index=True
+    )
+    """The authorization that it was made from, and ends with; None for a token that nobody can refresh."""
+
+
+class OAuthClient(Table):
+    """A program that people sign in with; only its secret's hash is kept."""
+
+    __tablename__ = "oauth_clients"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    """What the consent page calls it."""
+    secret_hash: Mapped[str]
+    create_time: Mapped[float]
+
+
+class Authorization(Table):
+    """What an account allowed a client to do, until it is revoked: then the row is deleted."""
+
+    __tablename__ = "authorizations"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    account: Mapped[str] = mapped_column(ForeignKey("accounts.email", ondelete="CASCADE"), index=True)
+    client: Mapped[str] = mapped_column(index=True)
+    """Id of the client; the command line's own has no row."""
+    scopes: Mapped[str]
+    refresh_hash: Mapped[str] = mapped_column(unique=True)
+    create_time: Mapped[float]
+    use_time: Mapped[float]
+    """When a token was last made from it."""
+
+
+class AuthorizationCode(Table):
+    """A code that a client exchanges for tokens, once; only its hash is kept.
+
+    It stays for a while after its use, so that a second use is recognized and ends what the first one gave.
+    """
+
+    __tablename__ = "authorization_codes"
+
+    code_hash: Mapped[str] = mapped_column(primary_key=True)
+    account: Mapped[str] = mapped_column(ForeignKey("accounts.email", ondelete="CASCADE"))
+    client: Mapped[str]
+    scopes: Mapped[str]
+    redirect_uri: Mapped[str]
+    code_challenge: Mapped[str]
+    nonce: Mapped[str | None]
+    expire_time: Mapped[float] = mapped_column(index=True)
+    used: Mapped[bool] = mapped_column(default=False)
+    authorization: Mapped[str | None]
+    """What its use gave."""
+
+
+class DeviceCode(Table):
+    """A sign-in that a person approves in a browser elsewhere (RFC 8628); only the device's code is secret."""
+
+    __tablename__ = "device_codes"
+
+    code_hash: Mapped[str] = mapped_column(primary_key=True)
+    user_code: Mapped[str] = mapped_column(unique=True)
+    client: Mapped[str]
+    scopes: Mapped[str]
+    account: Mapped[str | None] = mapped_column(ForeignKey("accounts.email", ondelete="CASCADE"))
+    """Who decided; None while nobody has."""
+    approved: Mapped[bool] = mapped_column(default=False)
+    poll_time: Mapped[float] = mapped_column(default=0.0)
+    expire_time: Mapped[float] = mapped_column(index=True)
+
+
+class BrowserSession(Table):
+    """A browser in which an account is signed in; only the cookie's hash is kept."""
+
+    __tablename__ = "browser_sessions"
+
+    cookie_hash: Mapped[str] = mapped_column(primary_key=True)
+    account: Mapped[str] = mapped_column(ForeignKey("accounts.email", ondelete="CASCADE"), index=True)
+    create_time: Mapped[float]
+    expire_time: Mapped[float] = mapped_column(index=True)
+
+
+class Attempts(Table):
+    """Guesses at a secret, counted for what is guessed at and for where they come from."""
+
+    __tablename__ = "attempts"
+
+    subject: Mapped[str] = mapped_column(primary_key=True)
+    """A hash of it: people type passwords where the e-mail address belongs."""
+    count: Mapped[int]
+    start_time: Mapped[float] = mapped_column(index=True)
+    """When the first of them was made; the count starts anew some time later."""
+
+
+class ServiceAccountKey(Table):
+    """The public half of a key with which a service account signs."""
+
+    __tablename__ = "service_account_keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    account: Mapped[str] = mapped_column(ForeignKey("accounts.email", ondelete="CASCADE"), index=True)
+    public_key: Mapped[str]
+    """PEM."""
+    create_time: Mapped[float]
+
+
+class SigningKey(Table):
+    """A key with which the server signs identity tokens."""
+
+    __tablename__ = "signing_keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    private_key: Mapped[str]
+    """PEM."""
+    create_time: Mapped[float]
+    retire_time: Mapped[float | None]
+    """When the last token that it signed is past; None for the key in use."""
 
 
 class ApiKey(Table):
@@ -47,6 +168,14 @@ class ApiKey(Table):
     account: Mapped[str] = mapped_column(ForeignKey("accounts.email", ondelete="CASCADE"), index=True)
     create_time: Mapped[float]
     revoked: Mapped[bool] = mapped_column(default=False)
+    name: Mapped[str] = mapped_column(default="", server_default="")
+    """What its maker calls it."""
+    scopes: Mapped[str] = mapped_column(default="", server_default="")
+    """Separated by spaces; empty for all that the account may do."""
+    expire_time: Mapped[float | None]
+    """None for a key that is good until it is revoked."""
+    last_use_time: Mapped[float | None]
+    """To the minute; None for a key that was never used."""
 
 
 class Group(Table):
@@ -102,7 +231,7 @@ class Secret(Table):
 
 
 class TunedModel(Table):
-    """A tuned model: its message without the snapshots, which are rows of their own.
+    """A tuned model: its message, with the snapshots once its job is done.
 
     The primary key closes the race of two creates that ask for one id.
     """
@@ -193,12 +322,17 @@ class Job(Table):
     """google.rpc.Status of a job that failed or was cancelled."""
     forgotten: Mapped[bool] = mapped_column(default=False)
     """The operation was deleted: nobody asks for its result any more."""
+    account: Mapped[str] = mapped_column(default="", server_default="")
+    """Who asked for it, and has a turn in the queue; the model may have been given away since."""
 
-    __table_args__ = (Index("jobs_by_state", "state", "create_time"),)
+    __table_args__ = (
+        Index("jobs_by_state", "state", "create_time"),
+        Index("jobs_by_account", "account", "state"),
+    )
 
 
 class Snapshot(Table):
-    """One finished training step."""
+    """One finished training step of a job that is not done; the done ones' are part of the model's message."""
 
     __tablename__ = "snapshots"
 
@@ -207,3 +341,33 @@ class Snapshot(Table):
     epoch: Mapped[int]
     mean_loss: Mapped[float]
     compute_time_ns: Mapped[int] = mapped_column(BigInteger)
+
+
+class AuditRecord(Table):
+    """Who did what, when and from where; see `store/audit.py`. Triggers refuse to change or remove a row."""
+
+    __tablename__ = "audit"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    time: Mapped[float] = mapped_column(index=True)
+    account: Mapped[str] = mapped_column(index=True)
+    """The e-mail address of an account, or `administrator` for who holds the data dir; empty when unknown."""
+    credential: Mapped[str]
+    """The kind of credential, and the id of a key; never a secret."""
+    action: Mapped[str]
+    """The RPC's name, or one of the same form for what is no RPC."""
+    resource: Mapped[str] = mapped_column(index=True)
+    """What it was done to: `tunedModels/x`, `accounts/ada@example.com`, …"""
+    outcome: Mapped[str]
+    """OK or the name of the error's canonical code."""
+    detail: Mapped[str]
+    address: Mapped[str]
+    """The network address, or user and machine of a command."""
+    project: Mapped[str | None]
+    prunes_before: Mapped[float | None] = mapped_column(index=True)
+    """Of a prune: rows before this time may go; the triggers look it up."""
+
+    __table_args__ = (
+        CheckConstraint("prunes_before <= time", name="audit_prunes_the_past"),
+        {"sqlite_autoincrement": True},  # an id is never given twice
+    )
