@@ -13,6 +13,7 @@ from rich.console import Console
 
 from tunesmith import demo
 from tunesmith.app import FIRST_ACCOUNT, Parts
+from tunesmith.auth.tokens import DEFAULT_SCOPES
 from tunesmith.base_models.catalog import Catalog
 from tunesmith.client import Client
 from tunesmith.config import Settings

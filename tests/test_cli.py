@@ -24,7 +24,7 @@ def test_the_first_account_and_its_password_file(server: Server) -> None:
 def test_accounts_tokens_and_keys(server: Server) -> None:
     assert "tunesmith token ada@example.com" in server.run("accounts", "create", ADA)
     assert "already" in server.run("accounts", "create", ADA, code=1)
-    token = server.run("token", ADA, "--ttl", "5m", "--scopes", "a,b").strip()
+    token = server.run("token", ADA, "--ttl", "5m", "--scopes", "generative-language.tuning.readonly").strip()
     assert server.call("GET", "tunedModels", headers={"authorization": f"Bearer {token}"}) == {}
     key = server.run("api-key", "create", ADA).strip()
     as_ada = {"authorization": "", "x-goog-api-key": key}

@@ -232,15 +232,16 @@ def demo(
 def token(
     email: Annotated[str, typer.Argument(help="The account.")],
     scopes: Annotated[
-        str, typer.Option(help="OAuth scopes, separated by commas; default: what the tutorial asks for.")
+        str, typer.Option(help="Google's OAuth scopes, separated by commas; default: what the tutorial asks for.")
     ] = "",
     ttl: Annotated[str, typer.Option(help="How long it is good: 90s, 30m, 1h, 7d.")] = "1h",
     data_dir: DataDir = None,
 ) -> None:
     """Print an access token for an account."""
+    from tunesmith.auth.scopes import known_scope
     from tunesmith.auth.tokens import DEFAULT_SCOPES
 
-    asked = [scope.strip() for scope in scopes.split(",") if scope.strip()] or DEFAULT_SCOPES
+    asked = [known_scope(scope) for scope in scopes.split(",") if scope.strip()] or DEFAULT_SCOPES
     seconds = _seconds(ttl)
     with _administering(data_dir, "IssueToken", f"accounts/{email}", f"good for {ttl}") as parts:
         print(parts.tokens.create(email, asked, seconds))

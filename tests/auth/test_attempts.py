@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from databases import each_database
 from tunesmith.auth.accounts import Accounts
 from tunesmith.auth.attempts import OF_ACCOUNT, OF_ADDRESS, WINDOW, Attempts, network
 from tunesmith.auth.sign_in import SignIn
@@ -26,13 +27,11 @@ class CountedAccounts(Accounts):
         return email if password == PASSWORD else None
 
 
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    database = Database(f"sqlite:///{tmp_path / 'test.db'}")
-    database.migrate()
-    Accounts(database).create(ADA)
-    yield database
-    database.close()
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
+    for database in each_database(request.param, tmp_path):
+        Accounts(database).create(ADA)
+        yield database
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from oauth_client import AUTH, LOOPBACK, TUTORIAL, Program, database_of
 from servers import Server
 from tunesmith.auth.accounts import Accounts
 from tunesmith.auth.clients import Clients
+from tunesmith.auth.scopes import WORDS
 from tunesmith.store.tables import AccessToken, AuthorizationCode
 
 ADA = "ada@example.com"
@@ -70,6 +72,24 @@ def test_a_code_that_comes_twice_ends_what_it_gave(program: Program) -> None:
     assert program.redeem(code, 400)["error"] == "invalid_grant"
     assert not program.opens(given["access_token"])
     assert program.refreshed(given["refresh_token"], 400)["error"] == "invalid_grant"
+
+
+def test_a_code_that_comes_many_times_at_once(program: Program) -> None:
+    code, gave = program.code(), []
+
+    def redeem() -> None:
+        form = {"code": code, "redirect_uri": LOOPBACK, "code_verifier": program.verifier}
+        form["grant_type"] = "authorization_code"
+        answer = program.http.post("/token", data=form, auth=(program.id, program.secret))
+        gave.append(answer.json() if answer.status_code == 200 else None)
+
+    threads = [threading.Thread(target=redeem) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (given,) = [one for one in gave if one]
+    assert not program.opens(given["access_token"])
 
 
 def test_a_code_without_its_verifier(program: Program) -> None:
@@ -217,7 +237,7 @@ def test_consent_is_asked_each_time(program: Program) -> None:
             assert "wants to use your account" in page.text
             assert ADA in page.text
             assert "Everything you may do here" in page.text
-            assert "See, tune, share and delete your tuned models" in page.text
+            assert WORDS[f"{AUTH}generative-language.tuning"] in page.text
 
 
 def test_scopes_of_a_refresh(program: Program) -> None:

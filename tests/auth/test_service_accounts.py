@@ -167,6 +167,7 @@ def test_forgeries(robot: Robot, exchange: Exchange, program: Program) -> None:
         robot.signed({"alg": "PS256"}),
         robot.signed({"alg": "RS512"}),
         forged({"alg": "RS256", "kid": kid, "crit": ["x"]}, claims, public),
+        forged({"alg": "RS256", "kid": kid, "crit": 5}, claims, public),
         robot.signed() + ".x",
         "eyJ.eyJ.",
         "x",

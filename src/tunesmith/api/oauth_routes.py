@@ -12,6 +12,7 @@ from starlette.routing import BaseRoute, Route
 
 from tunesmith.api.documents import root_url
 from tunesmith.auth.oauth_server import Answer, OAuthCall, OAuthServer
+from tunesmith.store import audit
 
 LONGEST_FORM = 64 << 10  # bytes
 _FORM = "application/x-www-form-urlencoded"
@@ -76,7 +77,9 @@ def oauth_routes(server: OAuthServer, root: Callable[[Request], str]) -> list[Ba
                 return _json({"error": "invalid_request", "error_description": str(error)}, 400)
             authorization = request.headers.get("authorization", "")
             call = OAuthCall(request.method, root(request), parameters, authorization)
-            given = await run_in_threadpool(answer, call)
+            address = request.client.host if request.client else ""
+            with audit.request_from(address, "OAuth client"):
+                given = await run_in_threadpool(answer, call)
             return _json(given.body, given.status, given.headers)
 
         return endpoint

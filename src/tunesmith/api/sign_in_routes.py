@@ -36,6 +36,7 @@ from tunesmith.auth.oauth_server import Consent, OAuthCall, OAuthServer
 from tunesmith.auth.scopes import in_words
 from tunesmith.auth.sign_in import SESSION_SECONDS, SignIn, form_token, is_form_token, new_cookie
 from tunesmith.errors import ApiError, NotFound
+from tunesmith.store import audit
 
 # The pages that one may be sent to after signing in: nothing on another server, and nothing that acts.
 _OWN_PAGES = re.compile(r"/(o/oauth2/(v2/)?auth|device|account)(\?[!-~]*)?")
@@ -102,7 +103,9 @@ def sign_in_routes(
                 query = query_of(request)
             except FormError as error:
                 return _html(message_page("That did not work", str(error)), 400)
-            return await run_in_threadpool(_respond, sign_in, request, root(request), query, form, show, act)
+            address = request.client.host if request.client else ""
+            with audit.request_from(address, "browser session"):
+                return await run_in_threadpool(_respond, sign_in, request, root(request), query, form, show, act)
 
         return endpoint
 

@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tunesmith.auth.scopes import known_scope
 from tunesmith.auth.tokens import digest
 from tunesmith.errors import InvalidArgument, NotFound
+from tunesmith.store import audit
 from tunesmith.store.database import Database
 from tunesmith.store.tables import Account, ApiKey
 
@@ -59,6 +60,7 @@ class ApiKeys:
             account = session.get(Account, email.strip().lower())
             if account is None:
                 raise NotFound(f"There is no account {email}. Make it with: tunesmith accounts create {email}")
+            audit.note(f"apiKeys/{key_id}", f"for {account.email}")
             session.add(
                 ApiKey(
                     id=key_id,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 
 from sqlalchemy import delete, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from tunesmith.auth.tokens import digest
@@ -39,21 +40,28 @@ class Attempts:
         now = time.time()
         with self._database.read() as session:  # who is refused anyway keeps no writer waiting
             _check(session, limits, now)
+        while True:
+            try:
+                self._count(limits, now)
+            except IntegrityError:  # another server counts the first guess
+                continue
+            return
+
+    def _count(self, limits: Mapping[str, int], now: float) -> None:
         with self._database.write() as session:
-            _check(session, limits, now)
             session.execute(delete(Row).where(Row.start_time < now - WINDOW))
+            rows = _check(session, limits, now)
             for key in limits:
-                row = session.get(Row, key)
-                if row is None:
-                    session.add(Row(subject=key, count=1, start_time=now))
+                if key in rows:
+                    rows[key].count += 1
                 else:
-                    row.count += 1
+                    session.add(Row(subject=key, count=1, start_time=now))
 
     def succeeded(self, kind: str, subject: str, address: str) -> None:
         """Take back what `begin` counted: the guess was right. The subject's count starts anew."""
         with self._database.write() as session:
             session.execute(delete(Row).where(Row.subject == _key(kind, subject)))
-            row = session.get(Row, _key("address", network(address)))
+            row = session.get(Row, _key("address", network(address)), with_for_update=True)
             if row is not None and row.count > 0:
                 row.count -= 1
 
@@ -73,9 +81,12 @@ def _key(kind: str, subject: str) -> str:
     return digest(f"{kind} {subject.strip().lower()}")
 
 
-def _check(session: Session, limits: Mapping[str, int], now: float) -> None:
-    counted = select(Row).where(Row.subject.in_(limits), Row.start_time >= now - WINDOW)
-    late = [row for row in session.scalars(counted) if row.count >= limits[row.subject]]
+def _check(session: Session, limits: Mapping[str, int], now: float) -> dict[str, Row]:
+    """Return what is counted, locked; raise ResourceExhausted when it is too much."""
+    counted = select(Row).where(Row.subject.in_(limits), Row.start_time >= now - WINDOW).order_by(Row.subject)
+    rows = {row.subject: row for row in session.scalars(counted.with_for_update())}
+    late = [row for key, row in rows.items() if row.count >= limits[key]]
     if late:
         minutes = math.ceil(max(row.start_time + WINDOW - now for row in late) / 60)
         raise ResourceExhausted(f"Too many tries. Wait {minutes} minutes, then try again.")
+    return rows

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.auth.tokens import digest, new_token
 from tunesmith.errors import NotFound
+from tunesmith.store import audit
 from tunesmith.store.database import Database
 from tunesmith.store.tables import AccessToken, Account, Authorization, AuthorizationCode, DeviceCode
 
@@ -97,6 +98,7 @@ class Authorizations:
         """Return a code that the client exchanges for tokens once, within minutes."""
         code, now = f"4/{secrets.token_urlsafe(32)}", time.time()
         with self._database.write() as session:
+            audit.tell(session, account, "AllowClient", f"clients/{client}", scopes)
             forget_expired(session, now)
             session.add(
                 AuthorizationCode(
@@ -127,8 +129,11 @@ class Authorizations:
     def redeem(self, code: Code) -> Issued | None:
         """Use a code and return what it gives; None when it was used meanwhile, or the account is disabled."""
         with self._database.write() as session:
-            row = session.get(AuthorizationCode, code.hash)
-            if row is None or row.used or not _active(session, row.account):
+            row = session.get(AuthorizationCode, code.hash, with_for_update=True)
+            if row is None or not _active(session, row.account):
+                return None
+            if row.used:  # at this moment, by somebody else who has it
+                session.execute(delete(Authorization).where(Authorization.id == row.authorization))
                 return None
             row.used = True
             row.authorization, issued = self._authorize(session, row.account, row.client, row.scopes, row.nonce)
@@ -137,7 +142,7 @@ class Authorizations:
     def redeem_device(self, code_hash: str) -> Issued | None:
         """Use an approved device code, which is then gone; None when it was used meanwhile."""
         with self._database.write() as session:
-            row = session.get(DeviceCode, code_hash)
+            row = session.get(DeviceCode, code_hash, with_for_update=True)
             if row is None or row.account is None or not row.approved or not _active(session, row.account):
                 return None
             _, issued = self._authorize(session, row.account, row.client, row.scopes, None)
@@ -182,7 +187,7 @@ class Authorizations:
         """Return a new access token; the refresh token stays good. None when it was revoked meanwhile."""
         now = time.time()
         with self._database.write() as session:
-            row = session.get(Authorization, found.id)
+            row = session.get(Authorization, found.id, with_for_update=True)
             if row is None:
                 return None
             forget_expired(session, now)
@@ -212,6 +217,11 @@ class Authorizations:
         with self._database.write() as session:
             parent = select(AccessToken.authorization).where(AccessToken.token_hash == hashed)
             ended = or_(Authorization.refresh_hash == hashed, Authorization.id.in_(parent))
+            owner = session.scalar(select(Authorization.account).where(ended)) or session.scalar(
+                select(AccessToken.account).where(AccessToken.token_hash == hashed)
+            )
+            if owner:
+                audit.tell(session, owner, "RevokeToken", f"accounts/{owner}")
             session.execute(delete(Authorization).where(ended).execution_options(synchronize_session=False))
             session.execute(delete(AccessToken).where(AccessToken.token_hash == hashed))
 
@@ -231,6 +241,7 @@ class Authorizations:
             row = session.get(Authorization, authorization)
             if row is None or row.account != account:
                 raise NotFound(f"{account} has no authorization {authorization}.")
+            audit.tell(session, account, "RevokeAuthorization", f"clients/{row.client}")
             session.delete(row)
 
 

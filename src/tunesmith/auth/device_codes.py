@@ -8,6 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
 from tunesmith.auth.tokens import digest
+from tunesmith.store import audit
 from tunesmith.store.database import Database
 from tunesmith.store.tables import DeviceCode
 
@@ -102,10 +103,12 @@ class DeviceCodes:
     def decide(self, found: Pending, account: str, *, approved: bool) -> bool:
         """Let the device in as an account, or not; return False when that was decided meanwhile."""
         with self._database.write() as session:
-            row = session.get(DeviceCode, found.hash)
+            row = session.get(DeviceCode, found.hash, with_for_update=True)
             if row is None or row.account is not None:
                 return False
             row.account, row.approved = account, approved
+            action = "ApproveDevice" if approved else "RefuseDevice"
+            audit.tell(session, account, action, f"clients/{row.client}")
             return True
 
 

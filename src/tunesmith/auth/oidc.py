@@ -78,7 +78,7 @@ class _ExternalIssuer:
         self._check_audience(claims)
         email = self._email(claims)
         self._admit(email)
-        return Caller(email, self._scopes, project, groups=self._groups(claims))
+        return Caller(email, self._scopes, project, "issuer's token", groups=self._groups(claims))
 
     def _verified(self, token: str, header: Mapping[str, Any]) -> dict[str, Any]:
         algorithm, key_id, kind = (header.get(name) for name in ("alg", "kid", "typ"))

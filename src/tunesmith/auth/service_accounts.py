@@ -104,14 +104,14 @@ class ServiceAccounts:
         """
         try:
             header = jws.extract_compact(token.encode()).headers()
-        except (JoseError, ValueError):
+        except (JoseError, ValueError, TypeError):
             raise BadAssertion("The assertion is not a signed JWT.") from None
         public = self._key(header.get("kid"))
         if header.get("alg") != ALGORITHM or public is None:
             raise BadAssertion(f"The assertion must be signed with {ALGORITHM} and a key that is known here.")
         try:
             claims = jwt.decode(token, RSAKey.import_key(public.public_key), [ALGORITHM]).claims
-        except (JoseError, ValueError):
+        except (JoseError, ValueError, TypeError):
             raise BadAssertion("The assertion has no good signature.") from None
         if claims.get("iss") != public.account:
             raise BadAssertion("The assertion is signed with a key that is not of its iss.")
@@ -159,7 +159,7 @@ class SelfSignedTokens:
         if not isinstance(scopes, str) and assertion.claims.get("aud") is None:
             return None
         granted = scopes.split() if isinstance(scopes, str) else [CLOUD_PLATFORM]
-        return Caller(assertion.account, frozenset(granted), project)
+        return Caller(assertion.account, frozenset(granted), project, "signed token")
 
 
 def key_file(email: str, key_id: str, private_key: str, root: str, project: str) -> dict[str, str]:

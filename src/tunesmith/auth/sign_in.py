@@ -11,6 +11,7 @@ from tunesmith.auth.accounts import Accounts
 from tunesmith.auth.attempts import Attempts
 from tunesmith.auth.tokens import digest
 from tunesmith.errors import ApiError, PermissionDenied
+from tunesmith.store import audit
 from tunesmith.store.database import Database
 from tunesmith.store.tables import Account, BrowserSession
 
@@ -40,10 +41,13 @@ class SignIn:
                 raise PermissionDenied(WRONG)
         except ApiError as error:
             log.warning("sign-in from %s refused: %s", address, error.status)
+            with audit.request_from(address, "password"), self._database.write() as session:
+                audit.tell_refused_sign_in(session, email, error.status)
             raise
         self._attempts.succeeded("password", email, address)
         cookie, now = new_cookie(), time.time()
-        with self._database.write() as session:
+        with audit.request_from(address, "password"), self._database.write() as session:
+            audit.tell(session, account, "SignIn", f"accounts/{account}")
             session.execute(delete(BrowserSession).where(BrowserSession.expire_time < now))
             session.add(
                 BrowserSession(

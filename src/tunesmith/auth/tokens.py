@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.auth.scopes import CLOUD_PLATFORM, TUNING
 from tunesmith.errors import NotFound
+from tunesmith.store import audit
 from tunesmith.store.database import Database
 from tunesmith.store.tables import AccessToken, Account
 
@@ -61,6 +62,7 @@ def new_token(
         authorization: Id of the authorization that it ends with.
     """
     token, now = PREFIX + secrets.token_urlsafe(32), time.time()
+    audit.tell(session, account, "IssueToken", f"accounts/{account}", f"good for {seconds:g} s")
     session.add(
         AccessToken(
             token_hash=digest(token),

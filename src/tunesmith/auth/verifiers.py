@@ -26,7 +26,7 @@ class OwnTokens:
     def verify(self, token: str, project: str | None) -> Caller | None:
         """See TokenVerifier."""
         found = self._tokens.find(token)
-        return Caller(found.account, frozenset(found.scopes.split()), project) if found else None
+        return Caller(found.account, frozenset(found.scopes.split()), project, "access token") if found else None
 
 
 class Verifier:
@@ -54,7 +54,8 @@ class Verifier:
                 _refuse_key("API key not valid. Please pass a valid API key.")
             if key.expired:
                 _refuse_key("API key expired. Please renew the API key.")
-            return Caller(key.account, frozenset(key.scopes.split()) or None, credentials.project)
+            granted = frozenset(key.scopes.split()) or None
+            return Caller(key.account, granted, credentials.project, f"API key {key.id}")
         raise PermissionDenied(
             "Method doesn't allow unregistered callers (callers without established identity). Please use API "
             "Key or other form of API consumer identity to call this API."
