@@ -98,11 +98,17 @@ class Listener:
         self.server.server_close()
 
 
-def sign_in(page: Page) -> None:
+def type_into(page: Page, field: str, text: str) -> None:
+    """Type where the focus is, which must be in a field; a page takes it there once it is loaded."""
+    expect(page.locator(f"input[name={field}]")).to_be_focused()
+    page.keyboard.type(text)
+
+
+def sign_in(page: Page, password: str = PASSWORD) -> None:
     """With the keyboard only: the first field has the focus."""
-    page.keyboard.type(EMAIL)
+    type_into(page, "email", EMAIL)
     page.keyboard.press("Tab")
-    page.keyboard.type(PASSWORD)
+    type_into(page, "password", password)
     page.keyboard.press("Enter")
 
 
@@ -110,12 +116,9 @@ def sign_in(page: Page) -> None:
 def test_sign_in_and_consent(site: Site, page: Page, program: Program, host: str) -> None:
     with Listener(host) as listener:
         page.goto(f"{site.server.url}{program.address(redirect_uri=listener.address)}")
-        page.keyboard.type(EMAIL)
-        page.keyboard.press("Tab")
-        page.keyboard.type("wrong")
-        page.keyboard.press("Enter")
+        sign_in(page, "wrong")
         expect(page.get_by_role("alert")).to_contain_text("do not belong together")
-        page.keyboard.type(PASSWORD)  # where the focus is now
+        type_into(page, "password", PASSWORD)
         page.keyboard.press("Enter")
         expect(page.get_by_role("heading")).to_have_text("A <b>program</b> wants to use your account")
         expect(page.get_by_role("listitem")).to_have_count(2)

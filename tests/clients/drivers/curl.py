@@ -67,6 +67,8 @@ def tune() -> None:
         operation = ended(operation)
         assert operation["metadata"]["completedPercent"] == 100
         assert operation["response"]["name"] == NAME
+    with calls.works("POST tunedModels/X/operations/Y:wait"):
+        assert ask(f"{operation['name']}:wait", body={"timeout": "10s"})["done"]
     with calls.works("GET tunedModels/X | grep state"):
         assert '\n  "state": "ACTIVE",\n' in text(f"v1beta/{NAME}")
     with calls.works("GET tunedModels/X", "under /v1, /v1beta, /v1alpha and /v1beta3"):
@@ -112,6 +114,8 @@ def generate() -> None:
         assert "output" in ask(f"v1beta3/{NAME}:generateText", body=legacy)["candidates"][0]
     with calls.works("POST models/X:countTextTokens", "legacy"):
         assert ask(f"v1beta3/{BASE}:countTextTokens", body={"prompt": {"text": "seven"}})["tokenCount"] > 2
+    with calls.works("POST tunedModels/X:countTextTokens", "legacy"):
+        assert ask(f"v1beta3/{NAME}:countTextTokens", body={"prompt": {"text": "seven"}})["tokenCount"] > 2
     content = {"content": {"parts": [{"text": "seven"}]}}
     with calls.works("POST models/X:embedContent"):
         assert len(ask(f"{BASE}:embedContent", body=content)["embedding"]["values"]) > 1
