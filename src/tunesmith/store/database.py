@@ -6,9 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.resources import files
 from typing import Any, TypeVarTuple
 
-from alembic import command
-from alembic.config import Config
-from sqlalchemy import Connection, Engine, Select, create_engine, event, make_url
+from sqlalchemy import Connection, Engine, Select, create_engine, event, inspect, make_url, text
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.compiler import SQLCompiler
 
@@ -16,6 +14,8 @@ from tunesmith.store import audit
 
 SQLITE_BUSY_SECONDS = 30
 SQLITE_CONNECTIONS = 40  # kept open, as many as threads use at a time; opening one takes longer than most reads
+
+_MIGRATIONS = files(__package__).joinpath("migrations")
 
 _Columns = TypeVarTuple("_Columns")
 
@@ -36,13 +36,25 @@ class Database:
 
     def migrate(self) -> None:
         """Bring the schema up to date; processes that start together take turns."""
+        if self._revision() == _newest_revision():
+            return  # as nearly always: alembic takes a fifth of a second to find that out
+        from alembic import command
+        from alembic.config import Config
+
         config = Config()
-        config.set_main_option("script_location", str(files(__package__).joinpath("migrations")))
+        config.set_main_option("script_location", str(_MIGRATIONS))
         with self._engine.connect().execution_options(writes=True) as connection, connection.begin():
             if connection.dialect.name == "postgresql":
                 connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7386)")  # one migration at a time
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+
+    def _revision(self) -> str | None:
+        """Return the schema's revision; None when there is no schema."""
+        with self._engine.connect() as connection:
+            if not inspect(connection).has_table("alembic_version"):
+                return None
+            return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -107,3 +119,9 @@ def _engine(url: str) -> Engine:
         driver.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
+
+
+def _newest_revision() -> str:
+    """Return the revision that this version has; each one's file begins with it."""
+    names = (file.name for file in _MIGRATIONS.joinpath("versions").iterdir())
+    return max(name.partition("_")[0] for name in names if name.endswith(".py"))
