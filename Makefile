@@ -10,7 +10,7 @@ demo: $(STAMP)            ## the tutorial, end to end, on real weights
 	$(BIN)/tunesmith demo
 
 test: $(STAMP)            ## the whole test suite
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-clients: $(STAMP)    ## drive every client; CHECK=1 fails when docs/compatibility.md is stale
 	$(BIN)/python tests/clients/run.py $(if $(CHECK),--check)
