@@ -83,13 +83,15 @@ def test_gradients_are_pefts(base: Base, rows: list[Row]) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     batch = collate(rows, base.device)
-    logits = model(input_ids=batch.tokens, attention_mask=batch.attention).logits
+    lengths = torch.tensor([len(row) for row in rows])
+    attention = (torch.arange(batch.tokens.shape[1]) < lengths[:, None]).long()
+    logits = model(input_ids=batch.tokens, attention_mask=attention).logits
     at_outputs = logits[batch.positions[:, 0], batch.positions[:, 1]]
     (torch.nn.functional.cross_entropy(at_outputs, batch.targets, reduction="sum") / 7).backward()
     theirs = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-5)
 
 
 def test_the_adapter_loads_in_peft_and_answers_alike(base: Base, rows: list[Row]) -> None:

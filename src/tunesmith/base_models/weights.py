@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Weights:
-    """A base model on disk, in the form that transformers loads.
+    """A base model on disk, in the form that transformers writes.
 
     Attributes:
         model: Its catalog entry.

@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from tunesmith import protos
+from tunesmith.base_models import decoder
 from tunesmith.base_models.weights import Weights
 from tunesmith.engines.kv_cache import KVCache, causal_mask
 from tunesmith.engines.linear import linear
@@ -246,7 +247,7 @@ class Runner:
             self._loop()
 
     def _load(self) -> None:
-        causal_lm = _causal_lm(self.weights, self.device, self._dtype)
+        causal_lm = decoder.load(self.weights.path, self.device, self._dtype)
         config, head = causal_lm.config, causal_lm.get_output_embeddings()
         self._windows = _windows(self.weights, config)
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -465,17 +466,6 @@ def _groups(texts: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]
         group.append(text)
     if group:
         yield group
-
-
-def _causal_lm(weights: Weights, device: torch.device, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    causal_lm: Any = AutoModelForCausalLM.from_pretrained(
-        weights.path, dtype=dtype, attn_implementation="sdpa", local_files_only=True
-    )
-    return causal_lm.to(device).eval().requires_grad_(False)
 
 
 def _windows(weights: Weights, config: Any) -> dict[str, int | None]:

@@ -107,13 +107,11 @@ class Batch:
 
     Attributes:
         tokens: (rows, length) token ids.
-        attention: (rows, length), 1 where there is a token.
         positions: (targets, 2) row and column whose hidden state predicts a target.
         targets: (targets,) answers' tokens to be predicted.
     """
 
     tokens: torch.Tensor
-    attention: torch.Tensor
     positions: torch.Tensor
     targets: torch.Tensor
 
@@ -122,18 +120,15 @@ def collate(rows: Sequence[Row], device: torch.device) -> Batch:
     """Return the rows as one batch."""
     length = max(map(len, rows))
     tokens = torch.zeros(len(rows), length, dtype=torch.long)
-    attention = torch.zeros(len(rows), length, dtype=torch.long)
     positions, targets = [], []
     for number, row in enumerate(rows):
         ids = row.prompt + row.output
         tokens[number, : len(row)] = torch.tensor(ids)
-        attention[number, : len(row)] = 1
         for start, end in row.answers:
             positions += [(number, column) for column in range(start - 1, end - 1)]
             targets += ids[start:end]
     return Batch(
         tokens.to(device),
-        attention.to(device),
         torch.tensor(positions, device=device),
         torch.tensor(targets, device=device),
     )

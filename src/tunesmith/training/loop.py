@@ -13,10 +13,12 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from tunesmith import protos
+from tunesmith.base_models import decoder
 from tunesmith.base_models.device import compute_dtype
 from tunesmith.base_models.weights import Weights
 from tunesmith.errors import FailedPrecondition
 from tunesmith.training import hyperparameters, lora
+from tunesmith.training.adam import Adam
 from tunesmith.training.examples import Row, collate, micro_batches, order
 from tunesmith.training.loss import output_loss
 
@@ -30,8 +32,8 @@ CHECKPOINT_FILE = "state.safetensors"
 class Recipe:
     """What is not a hyperparameter of the API.
 
-    The learning rate falls linearly from its full value to 0 over all steps; AdamW with betas 0.9 and 0.999
-    and no weight decay; the gradient's norm is clipped.
+    The learning rate falls linearly from its full value to 0 over all steps; Adam; the gradient's norm is
+    clipped.
     """
 
     rank: int = 16
@@ -59,26 +61,19 @@ class Base:
     """A base model in memory, frozen; jobs take turns on it."""
 
     weights: Weights
-    model: Any  # a transformers causal LM
+    model: Any  # a `decoder.CausalLM`, or transformers' own
     tokenizer: Tokenizer
     device: torch.device
 
     @classmethod
     def load(cls, weights: Weights, device: torch.device) -> Self:
         """Load a base model from the cache."""
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            weights.path, dtype=compute_dtype(device), attn_implementation="sdpa"
-        )
+        model = decoder.load(weights.path, device, compute_dtype(device))
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(model.config, name, None) not in (None, 1, 1.0):
                 raise FailedPrecondition(
                     f"models/{weights.model.id} cannot be tuned: its {name} is not supported."
                 )
-        model.requires_grad_(False).to(device).eval()
         return cls(weights, model, weights.tokenizer(), device)
 
 
@@ -125,9 +120,7 @@ class TuningRun:
             except BaseException:
                 self._stack.close()  # nobody else can: there is no run to enter
                 raise
-        self._optimizer = torch.optim.AdamW(
-            [self.adapter.weights], lr=given.learning_rate, weight_decay=0.0, fused=True
-        )
+        self._optimizer = Adam(self.adapter.weights)
 
     def __enter__(self) -> Self:
         return self
@@ -165,9 +158,8 @@ class TuningRun:
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         nn.utils.clip_grad_norm_([self.adapter.weights], self.recipe.clip_norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._given.learning_rate * (1 - self.step / self.total_steps)
-        self._optimizer.step()
+        rate = self._given.learning_rate * (1 - self.step / self.total_steps)
+        self._optimizer.step(self.adapter.gradient, rate)
         self.adapter.refresh()
         self.adapter.gradient.zero_()
         return total
@@ -175,9 +167,8 @@ class TuningRun:
     def _loss(self, rows: Sequence[Row]) -> Tensor:
         """Return the summed cross-entropy of the rows' answers, a scalar in fp32."""
         batch = collate(rows, self._base.device)
-        hidden = self._base.model.base_model(
-            input_ids=batch.tokens, attention_mask=batch.attention, use_cache=False
-        ).last_hidden_state
+        # The padding is on the right, where no token looks: it needs no mask.
+        hidden = self._base.model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
         at_outputs = hidden[batch.positions[:, 0], batch.positions[:, 1]]
         return output_loss(at_outputs, self._base.model.get_output_embeddings().weight, batch.targets)
 
@@ -215,7 +206,7 @@ class TuningRun:
     def checkpoint(self) -> dict[str, bytes]:
         """Return all that a later run needs to go on from here."""
         tensors = {"weights": self.adapter.weights.detach(), "steps": torch.tensor(self.step)}
-        for name, value in self._optimizer.state[self.adapter.weights].items():
+        for name, value in self._optimizer.state.items():
             tensors[f"optimizer.{name}"] = value
         return {CHECKPOINT_FILE: save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})}
 
@@ -226,7 +217,7 @@ class TuningRun:
         with torch.no_grad():
             self.adapter.weights.copy_(tensors["weights"])
         self.adapter.refresh()
-        self._optimizer.state[self.adapter.weights] = {
+        self._optimizer.state = {
             name.removeprefix("optimizer."): value.to(self._base.device)
             for name, value in tensors.items()
             if name.startswith("optimizer.")
