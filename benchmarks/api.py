@@ -136,7 +136,7 @@ CALLS = (
 
 def serve(folder: str, parent: Connection) -> None:
     """Serve with an instant engine and no worker; tell the parent port and token."""
-    settings = Settings.load(data_dir=Path(folder), workers=0)
+    settings = Settings.load(data_dir=Path(folder), workers=0, queued_jobs_per_account=0)
     parts = app.Parts.open(settings)
     app.first_account(parts)
     token = parts.tokens.create(app.FIRST_ACCOUNT, DEFAULT_SCOPES, seconds=3600)
