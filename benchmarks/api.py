@@ -144,7 +144,7 @@ def serve(folder: str, parent: Connection) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     calls = app.dispatcher(parts, Instant())
     grpc_server = GrpcServer("127.0.0.1", 0, max_message_bytes=settings.max_body_bytes)
-    grpc_server.start(calls)
+    grpc_server.start(calls, quick=app.READS_OF_A_ROW)
     served = rest_app(
         calls,
         max_body_bytes=settings.max_body_bytes,

@@ -195,8 +195,10 @@ def serve(settings: Settings, stop_with_stdin: bool = False) -> None:
                 grpc.ready()
 
     threading.Thread(target=preload, name="preload", daemon=True).start()
+    # An issuer's keys may have to be fetched, and a database elsewhere to be waited for.
+    quick = READS_OF_A_ROW if parts.database.in_process and not settings.issuers else ()
     if grpc:
-        grpc.start(calls, metrics)
+        grpc.start(calls, metrics, quick)
     server = uvicorn.Server(
         uvicorn.Config(
             rest_app(
@@ -207,8 +209,7 @@ def serve(settings: Settings, stop_with_stdin: bool = False) -> None:
                 metrics=metrics,
                 routes=sign_in(parts),
                 cors_origins=[origin.strip() for origin in settings.cors_origins.split(",")],
-                # An issuer's keys may have to be fetched, and the event loop must not wait for that.
-                inline=READS_OF_A_ROW if parts.database.in_process and not settings.issuers else (),
+                inline=quick,
             ),
             http=http_protocol(settings.receive_seconds),
             log_config=None,

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 THREADS = 40
 """Calls of one service that run at a time; the next ones wait their turn."""
+
+QUICK_THREADS = 2
+"""For all calls that never wait: more would only fight for the interpreter."""
 
 PACKAGE = "google.ai.generativelanguage."
 _OWN_VERSION = "v1beta"
@@ -86,16 +89,20 @@ class GrpcServer:
             raise OSError(f"cannot listen on {where}:{port} for gRPC: choose another --grpc-port") from error
         self.address = f"{where}:{bound}"
 
-    def start(self, dispatcher: Dispatcher, metrics: CallMetrics | None = None) -> None:
+    def start(
+        self, dispatcher: Dispatcher, metrics: CallMetrics | None = None, quick: Collection[str] = ()
+    ) -> None:
         """Answer from now on; health checks say NOT_SERVING until `ready`.
 
         Args:
             dispatcher: Runs the calls.
             metrics: Where calls are counted.
+            quick: RPCs, by full name, that take a fraction of a millisecond and never wait.
         """
-        shown = metrics or CallMetrics()
+        shown, quick_threads = metrics or CallMetrics(), self._pool("quick", QUICK_THREADS)
+        own_threads = dict.fromkeys(quick, quick_threads)
         for service in protos.SERVICES.values():
-            handlers = self._handlers(service, dispatcher, shown)
+            handlers = self._handlers(service, dispatcher, shown, own_threads)
             self._server.add_generic_rpc_handlers(
                 tuple(grpc.method_handlers_generic_handler(name, handlers) for name in _names(service.full_name))
             )
@@ -122,18 +129,22 @@ class GrpcServer:
             self._health.set(name, status)
 
     def _handlers(
-        self, service: ServiceDescriptor, dispatcher: Dispatcher, metrics: CallMetrics
+        self,
+        service: ServiceDescriptor,
+        dispatcher: Dispatcher,
+        metrics: CallMetrics,
+        own_threads: Mapping[str, ThreadPoolExecutor],
     ) -> "dict[str, Handler]":
         # Threads for each service, so that long generations never keep a `get` waiting.
         threads = self._pool(service.name)
         handlers = {}
         for rpc in service.methods:
-            own = self._pool(rpc.name) if rpc.full_name in WAITS else threads
+            own = self._pool(rpc.name) if rpc.full_name in WAITS else own_threads.get(rpc.full_name, threads)
             handlers[rpc.name] = _handler(_Rpc(rpc, dispatcher, metrics, self._max_message_bytes), own)
         return handlers
 
-    def _pool(self, name: str) -> ThreadPoolExecutor:
-        pool = ThreadPoolExecutor(self._threads, f"grpc-{name}")
+    def _pool(self, name: str, threads: int | None = None) -> ThreadPoolExecutor:
+        pool = ThreadPoolExecutor(threads or self._threads, f"grpc-{name}")
         self._pools.append(pool)
         return pool
 
