@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,8 @@ def test_a_worker_that_froze_past_its_lease_is_replaced_and_leaves_the_job(
     with Server(data_dir, tiny | EVERY_STEP | {"TUNESMITH_LEASE_SECONDS": "1"}, "--workers", "2") as server:
         operation = server.tune(LONG)
         server.until(operation, reaches(5))
-        frozen = workers(server)
-        for worker in frozen:  # whichever holds the job; the other one goes on below
-            os.kill(worker, signal.SIGSTOP)
+        frozen = workers(server)  # whichever holds the job; the other one goes on below
+        freeze(server, frozen)
         step = server.call("GET", operation["name"])["metadata"]["completedSteps"]
         os.kill(idle_worker(server, frozen), signal.SIGCONT)
         server.until(operation, reaches(step + 20))
@@ -131,6 +131,24 @@ def test_a_worker_that_froze_past_its_lease_is_replaced_and_leaves_the_job(
             os.kill(worker, signal.SIGCONT)
         assert ended_well(server, operation) == undisturbed
         server.finished(server.tune(job("after")))  # both workers are well
+
+
+def freeze(server: Server, pids: list[int]) -> None:
+    """Stop processes outside of a transaction: one that holds SQLite's lock would stop everybody."""
+    for _ in range(100):
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        database = sqlite3.connect(server.data_dir / "tunesmith.db", timeout=0.5, isolation_level=None)
+        try:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("ROLLBACK")
+            return
+        except sqlite3.OperationalError:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+        finally:
+            database.close()
+    raise AssertionError("the processes hold the database's lock all the time")
 
 
 def idle_worker(server: Server, pids: list[int]) -> int:
