@@ -3,8 +3,9 @@ VENV    ?= .venv
 PYTHON  ?= python3
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
+TRL     := .bench/trl
 
-.PHONY: demo test test-clients notebooks check format bench protos clean
+.PHONY: demo test test-clients notebooks check format bench bench-environment protos clean
 
 demo: $(STAMP)            ## the tutorial, end to end, on real weights
 	$(BIN)/tunesmith demo
@@ -29,9 +30,11 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)           ## seconds from POST to ACTIVE for the tutorial's job; requests a second of the API
-	$(BIN)/python benchmarks/tutorial.py
+bench: $(STAMP) bench-environment  ## training beside TRL, POST to ACTIVE, requests a second; OPTIONS=--quick, --job NAME
+	$(BIN)/python benchmarks/training.py $(OPTIONS)
 	$(BIN)/python benchmarks/api.py
+
+bench-environment: $(TRL)/.installed  ## the environment that TRL trains in
 
 protos: $(STAMP)          ## compile the official protos again (needs npm)
 	$(BIN)/python scripts/protos.py
@@ -45,4 +48,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --upgrade -c constraints.txt pip
 	$(BIN)/pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet -c constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(TRL)/.installed: benchmarks/pins/trl.txt
+	rm -rf $(TRL)
+	$(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/pip install --quiet -c $< "$$(grep '^torch==' $<)"
+	$(TRL)/bin/pip install --quiet -r $<
 	@touch $@

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -24,6 +25,13 @@ POLL_SECONDS = 0.1
 
 def main(runs: int) -> None:
     """Print each run and the median."""
+    median = statistics.median(seconds(runs))
+    print(f"median of {runs}: {median:.2f} s (goal: at most 4 s on 2 idle cores)")
+
+
+def seconds(runs: int) -> list[float]:
+    """Print and return the seconds from POST to ACTIVE of each run, on a server of our own."""
+    taken = []
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings.load(data_dir=Path(folder))
         fetch_weights(Console(stderr=True), Catalog.load(settings).default, settings.cache_dir)
@@ -31,17 +39,16 @@ def main(runs: int) -> None:
             token = Parts.open(settings).tokens.create(FIRST_ACCOUNT, DEFAULT_SCOPES, seconds=3600)
             with Client(url, token) as client:
                 once(client)  # the worker starts, loads and warms up
-                seconds = []
                 for run in range(runs):
-                    seconds.append(once(client))
-                    print(f"run {run + 1}: POST to ACTIVE {seconds[-1]:.2f} s", flush=True)
-    print(f"median of {runs}: {statistics.median(seconds):.2f} s (goal: at most 8 s on 2 idle cores)")
+                    taken.append(once(client))
+                    print(f"run {run + 1}: POST to ACTIVE {taken[-1]:.2f} s", flush=True)
+    return taken
 
 
-def once(client: Client) -> float:
+def once(client: Client, body: dict[str, Any] = demo.TUNED_MODEL) -> float:
     """Tune once; return the seconds from the request to the first GET that says ACTIVE."""
     start = time.perf_counter()
-    model = client.tune(demo.TUNED_MODEL)["metadata"]["tunedModel"]
+    model = client.tune(body)["metadata"]["tunedModel"]
     while (state := client.call("GET", model)["state"]) == "CREATING":
         time.sleep(POLL_SECONDS)
     if state != "ACTIVE":

@@ -1,7 +1,8 @@
-"""Compile Google's official protos into the committed descriptor set and write its type stub.
+"""Compile Google's official protos and our own into the committed descriptor set, and write its type stub.
 
-The `.proto` files come from Google's npm package (Apache-2.0); the common ones (google/api, google/rpc,
+The official `.proto` files come from Google's npm package (Apache-2.0); the common ones (google/api, google/rpc,
 google/longrunning) from googleapis-common-protos. Two of the files are changed on the way; `shadow` says how.
+Comments are kept of our own only, for the documents that describe the API.
 """
 
 import re
@@ -15,7 +16,12 @@ from pathlib import Path
 
 from google.longrunning import operations_pb2
 from google.protobuf import descriptor_pb2
-from google.protobuf.descriptor_pb2 import DescriptorProto, EnumDescriptorProto, FieldDescriptorProto
+from google.protobuf.descriptor_pb2 import (
+    DescriptorProto,
+    EnumDescriptorProto,
+    FieldDescriptorProto,
+    FileDescriptorProto,
+)
 from grpc_tools import protoc
 
 NPM_PACKAGE = "@google-ai/generativelanguage@3.7.1"
@@ -40,6 +46,7 @@ MULTITURN = ("TuningExamples", "TuningPart", "TuningContent", "TuningMultiturnEx
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / ".proto-build"
 PACKAGE = ROOT / "src/tunesmith/protos"
+OWN = "tuning.proto"
 
 SCALARS = {
     FieldDescriptorProto.TYPE_BOOL: "bool",
@@ -57,20 +64,35 @@ def main() -> int:
     common = Path(operations_pb2.__file__).parent.parent.parent
     changed = shadow(official, common)
     well_known = Path(str(files("grpc_tools"))) / "_proto"
+    packed = PACKAGE / "descriptors.binpb"
     arguments = [
         "protoc",
-        *(f"-I{path}" for path in (changed, official, common, well_known)),
+        *(f"-I{path}" for path in (changed, official, common, well_known, PACKAGE)),
         "--include_imports",
-        f"--descriptor_set_out={PACKAGE / 'descriptors.binpb'}",
+        "--include_source_info",
+        f"--descriptor_set_out={packed}",
         *(f"{API}/{service}.proto" for service in SERVICES),
         "google/longrunning/operations.proto",
         *COMMON,
+        OWN,
     ]
     if protoc.main(arguments) != 0:
         return 1
-    descriptors = descriptor_pb2.FileDescriptorSet.FromString((PACKAGE / "descriptors.binpb").read_bytes())
+    descriptors = descriptor_pb2.FileDescriptorSet.FromString(packed.read_bytes())
+    for file in descriptors.file:
+        keep_comments(file, own=file.name == OWN)
+    packed.write_bytes(descriptors.SerializeToString(deterministic=True))
     (PACKAGE / "__init__.pyi").write_text("\n".join(stub(descriptors)) + "\n")
     return 0
+
+
+def keep_comments(file: FileDescriptorProto, *, own: bool) -> None:
+    """Drop what the compiler noted of a file's text, but for the comments of our own."""
+    noted = [*file.source_code_info.location]
+    file.ClearField("source_code_info")
+    for location in noted:
+        if own and location.leading_comments:
+            file.source_code_info.location.add(path=location.path, leading_comments=location.leading_comments)
 
 
 def shadow(official: Path, common: Path) -> Path:
@@ -137,16 +159,19 @@ def stub(descriptors: descriptor_pb2.FileDescriptorSet) -> Iterator[str]:
     yield "SERVICES: Mapping[str, ServiceDescriptor]"
     yield "def message_class(descriptor: Descriptor) -> type[_Message]: ..."
     yield "def extension(descriptor: typing.Any, name: str) -> typing.Any: ..."
+    yield "def comment(full_name: str) -> str: ..."
     yield ""
     for file in descriptors.file:
-        if file.package.startswith("google.api") or file.name.endswith("descriptor.proto"):
-            continue  # these only describe the others
+        if DESCRIBES_OTHERS.search(file.name):
+            continue
         for message in file.message_type:
             yield from message_stub(message, "")
         for enum in file.enum_type:
             yield from enum_stub(enum, "")
 
 
+# As in the package itself; google.api.HttpBody alone is a message of its own right.
+DESCRIBES_OTHERS = re.compile(r"^google/api/(?!httpbody)|descriptor\.proto$")
 WELL_KNOWN_BASES = {"Any", "Duration", "FieldMask", "ListValue", "Struct", "Timestamp"}
 
 

@@ -59,7 +59,7 @@ class RecordedApp:
             rpc = self._router.match(http_method(scope["method"], asked), path).rule.rpc
         except NotFound:
             return
-        if body and sent[0]["status"] == 200:
+        if body and sent[0]["status"] == 200 and not _unknown_to_google(rpc.output_type.full_name):
             self._recording.add(
                 rpc=rpc.full_name,
                 message=rpc.output_type.full_name,
@@ -83,12 +83,17 @@ class RecordedRpcs(grpc.ServerInterceptor):
 
         def serialize(message: Any) -> bytes:
             data: bytes = handler.response_serializer(message)
-            if message.DESCRIPTOR.file.pool is protos.POOL:
-                name = message.DESCRIPTOR.full_name
+            name = message.DESCRIPTOR.full_name
+            if message.DESCRIPTOR.file.pool is protos.POOL and not _unknown_to_google(name):
                 self._recording.add(rpc=handler_call_details.method, message=name, data=_text(data))
             return data
 
         return handler._replace(response_serializer=serialize)
+
+
+def _unknown_to_google(message: str) -> bool:
+    """Whether a message is ours alone, or the bytes of a file."""
+    return message.startswith("tunesmith.") or message == "google.api.HttpBody"
 
 
 def _body(body: bytes, kind: bytes) -> dict[str, str]:

@@ -20,6 +20,7 @@ LAYERS = [
     {"jobs"},
     {"training"},
     {"engines"},
+    {"exports"},
     {"base_models"},
     {"store"},
     {"caller"},

@@ -102,21 +102,31 @@ def dispatcher(parts: Parts, engine: "Engine") -> "Dispatcher":
     """Return what runs the calls of every transport: store -> auth -> services -> dispatch."""
     from tunesmith.api.dispatch import Dispatcher
     from tunesmith.api.limits import Limits
+    from tunesmith.services.bulletin import Bulletin
+    from tunesmith.services.creation import Creation
+    from tunesmith.services.exports import Exports
     from tunesmith.services.generation import GenerativeService
     from tunesmith.services.models import ModelService
     from tunesmith.services.operations import Operations
     from tunesmith.services.permissions import PermissionService
+    from tunesmith.services.reports import Reports
     from tunesmith.services.text import TextService
+    from tunesmith.services.tuning import TuningService
 
     settings, database = parts.settings, parts.database
+    creation = Creation(database, parts.catalog, settings.seed, settings.queued_jobs_per_account)
+    bulletin = Bulletin(database, settings.watches_per_account)
+    stored, most = (parts.artifacts, parts.catalog, settings.cache_dir), settings.exports_per_account
+    exports = Exports(database, *stored, parts.audit, most)
     services = {
-        f"{V1BETA}.ModelService": ModelService(
-            database, parts.artifacts, parts.catalog, settings.seed, settings.queued_jobs_per_account
-        ),
+        f"{V1BETA}.ModelService": ModelService(database, parts.artifacts, parts.catalog, creation),
         f"{V1BETA}.PermissionService": PermissionService(database),
         f"{V1BETA}.GenerativeService": GenerativeService(database, engine, parts.catalog, settings.cache_dir),
         f"{V1BETA}.TextService": TextService(database, engine, parts.catalog),
         "google.longrunning.Operations": Operations(database, parts.artifacts),
+        "tunesmith.v1beta.TuningService": TuningService(
+            database, creation, bulletin, Reports(database, engine, parts.catalog), exports
+        ),
     }
     self_signed = SelfSignedTokens(parts.service_accounts, settings.public_url)
     tokens: list[TokenVerifier] = [OwnTokens(parts.tokens), self_signed]

@@ -665,6 +665,37 @@ def generate(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="tunedModels/….")],
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="gguf for llama.cpp, ollama, safetensors for transformers and vLLM, peft for the adapter alone.",
+        ),
+    ] = "gguf",
+    quantization: Annotated[
+        str, typer.Option(help="Of gguf and ollama: f16, which is the default, f32, bf16 or q8_0.")
+    ] = "",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The file or folder to write; default: here.")
+    ] = None,
+    url: Url = None,
+    token: Token = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Fetch a tuned model as a file that other programs load."""
+    from tunesmith.terminal import download_bar
+
+    name = model if "/" in model else f"tunedModels/{model}"
+    given = {"format": format_, **({"quantization": quantization} if quantization else {})}
+    client = _client(url, token, Settings.load(data_dir=data_dir))
+    with client, download_bar(console, "Fetching") as show:
+        file = client.download(f"{name}:export", out, show, **given)
+    console.print(f"{file} is written.", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def doctor(
     fetch: Annotated[str | None, typer.Option(help="Fetch this base model's weights.")] = None,
     data_dir: DataDir = None,

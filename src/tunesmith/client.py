@@ -1,8 +1,11 @@
 """A small client of our own REST API, for the commands."""
 
+import re
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -123,6 +126,68 @@ class Client:
         body = {"contents": [{"parts": [{"text": text}]}], "generationConfig": config or {}}
         answer = self.call("POST", f"{model}:generateContent", body)
         return "".join(part.get("text", "") for part in answer["candidates"][0]["content"]["parts"])
+
+    def download(self, path: str, out: Path | None, show: Callable[[int, int], None], **parameters: Any) -> Path:
+        """Fetch a file from a method under /v1beta.
+
+        Args:
+            path: The method's path.
+            out: The file to write, or the folder to write it into under the server's name for it; None for the
+                current one. It is there once it is whole.
+            show: Called with the bytes that have arrived, and with those that will in all, 0 if nobody knows.
+            parameters: Of the query.
+
+        Returns:
+            The file.
+
+        Raises:
+            ClientError: The call failed, or broke off.
+            Unreachable: No server answered.
+        """
+        try:
+            with closing(self._open(path, parameters)) as response:
+                return _save(response, out, show)
+        except httpx2.ConnectError as error:
+            raise _unreachable(self._url, error) from error
+        except httpx2.TransportError as error:
+            raise ClientError(f"The download broke off: {error}. Try again.") from error
+
+    def _open(self, path: str, parameters: dict[str, Any]) -> httpx2.Response:
+        """Return a response of which only the head has been read."""
+
+        def send() -> httpx2.Response:
+            request = self._http.build_request("GET", f"/v1beta/{path}", params=parameters)
+            return self._http.send(request, stream=True)
+
+        response = send()
+        if response.status_code == UNAUTHORIZED and self._refresh is not None:
+            response.close()
+            self._http.headers["authorization"] = f"Bearer {self._refresh()}"
+            response = send()
+        return response
+
+
+def _save(response: httpx2.Response, out: Path | None, show: Callable[[int, int], None]) -> Path:
+    """Write a response into a file, under another name until it is whole."""
+    if response.is_error:
+        response.read()
+        answer = response.json()
+        # A method that streams refuses in a list.
+        raise ClientError((answer[0] if isinstance(answer, list) else answer)["error"]["message"])
+    named = re.search(r'filename="([^"/\\]+)"', response.headers.get("content-disposition", ""))
+    name = named[1] if named else "download"
+    file = (out or Path()) / name if out is None or out.is_dir() else out
+    part = file.with_name(f"{file.name}.part")
+    total, arrived = int(response.headers.get("content-length", 0)), 0
+    try:
+        with part.open("wb") as opened:
+            for piece in response.iter_bytes():
+                arrived += opened.write(piece)
+                show(arrived, total)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+    return file
 
 
 def post_form(url: str, path: str, form: Mapping[str, str], ca_file: str | None = None) -> dict[str, Any]:

@@ -176,6 +176,17 @@ class Settings(BaseSettings):
     queued_jobs_per_account: int = Field(
         100, ge=0, description="Tuning jobs of an account that may wait for a worker; 0 for no limit."
     )
+    watches_per_account: int = Field(
+        32,
+        ge=0,
+        description="Jobs that an account may watch at a time, at each server process, which holds 240 watches; 0 "
+        "for no limit.",
+    )
+    exports_per_account: int = Field(
+        2,
+        ge=0,
+        description="Exports that an account may have under way at a time, at each server process; 0: no limit.",
+    )
     max_batch: int = Field(16, gt=0, description="Sequences generated together.")
     loaded_adapters: int = Field(32, gt=0, description="Tuned models kept in memory.")
     issuers: list[Issuer] = Field(

@@ -1,13 +1,21 @@
 """What commands draw: progress bars, the loss curve, tables."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -44,6 +52,15 @@ def fetch_weights(console: Console, model: BaseModel, cache_dir: Any) -> weights
             progress.update(task, description=what, completed=share)
 
         return weights.ensure(model, cache_dir, show)
+
+
+@contextmanager
+def download_bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A live bar for a download: call what it gives with the bytes that are there and with those in all."""
+    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total or None)
 
 
 def show_tuning(console: Console, operations: Iterable[dict[str, Any]]) -> dict[str, Any]:

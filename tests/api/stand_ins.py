@@ -152,6 +152,51 @@ class GenerativeService:
         return protos.CountTokensResponse(total_tokens=7)
 
 
+class TuningService:
+    """Tells a story of three events, and gives a file of three parts; the name says how to misbehave."""
+
+    def __init__(self) -> None:
+        self.requests: list[Any] = []
+        self.waiting = threading.Event()
+        self.closed = threading.Event()
+
+    def watch_tuning(self, request, caller):
+        self.requests.append(request)
+        events = [
+            protos.TuningEvent(event_id=1, queued=protos.TuningEvent.Queued(position=2)),
+            protos.TuningEvent(queued=protos.TuningEvent.Queued(position=1)),
+            protos.TuningEvent(event_id=2, step=protos.TuningStep(step=1, mean_loss=0.5)),
+            protos.TuningEvent(event_id=3, finished=protos.TuningEvent.Finished(state=2)),
+        ]
+        try:
+            if request.name.endswith("/silent"):
+                yield None
+            for event in events:
+                if event.event_id > request.after_event or not (event.event_id or request.after_event):
+                    yield event
+                    yield None
+            if request.name.endswith("/endless"):
+                self.waiting.set()
+                assert caller.gone.wait(20), "the client left, but nobody said so"
+            if request.name.endswith("/broken"):
+                raise FailedPrecondition("The model went away.")
+        finally:
+            self.closed.set()
+
+    def export_tuned_model(self, request, caller):
+        self.requests.append(request)
+        if request.name.endswith("/creating"):
+            raise FailedPrecondition("The model is CREATING.")
+        first = protos.HttpBody(content_type="application/zip", data=b"PK\x00\xff")
+        about = protos.Download(filename='a "näme".zip', size=9 if request.name.endswith("/sized") else 0)
+        first.extensions.add().Pack(about)
+        yield first
+        yield protos.HttpBody(data=b"two")
+        if request.name.endswith("/broken"):
+            raise FailedPrecondition("The model went away.")
+        yield protos.HttpBody(data=b"!\n")
+
+
 class Verifier:
     """Knows one token and one key."""
 
@@ -177,12 +222,14 @@ class Backend:
     def __init__(self) -> None:
         self.models, self.operations = ModelService(), OperationsService()
         self.generative, self.verifier = GenerativeService(), Verifier()
+        self.tuning = TuningService()
         self.ready = True
         self.dispatcher = Dispatcher(
             {
                 f"{PREFIX}ModelService": self.models,
                 f"{PREFIX}GenerativeService": self.generative,
                 "google.longrunning.Operations": self.operations,
+                "tunesmith.v1beta.TuningService": self.tuning,
             },
             self.verifier,
         )

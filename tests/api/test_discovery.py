@@ -142,7 +142,12 @@ def test_offers_what_is_implemented_and_nothing_else(backend: Backend):
     assert set(tuned["methods"]) == {
         *("create", "get", "list", "patch", "delete", "cancel"),
         *("generateContent", "streamGenerateContent", "countTokens"),
+        *("watch", "export"),
     }
+    assert tuned["methods"]["export"]["supportsMediaDownload"] is True
+    assert "beyond the hyperparameters" not in json.dumps(document)  # of a method that is not there
+    text = document["schemas"]["TuningEvent"]["properties"]["eventId"]["description"]
+    assert text.startswith("Its number among those of its job")  # as our .proto file has it
     assert tuned["methods"]["patch"]["path"] == "v1beta/{+name}"
     assert tuned["methods"]["create"]["parameterOrder"] == []
     client = build_from_document(json.dumps(document), developerKey="k")

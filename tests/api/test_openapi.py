@@ -107,6 +107,8 @@ def test_the_page_shows_commands_that_can_be_pasted(client: TestClient):
     text = client.get("/docs", headers={"host": "h:1"}).text
     assert "export base_url=http://h:1\n" in text
     assert "curl -X POST &quot;$base_url/v1beta/tunedModels/${tunedModel}:generateContent&quot; \\\n" in text
+    assert "curl -OJ &quot;$base_url/v1beta/tunedModels/${tunedModel}:export&quot; \\\n" in text
+    assert "Answers with a file." in text
 
 
 def test_a_host_cannot_write_into_the_page(client: TestClient):

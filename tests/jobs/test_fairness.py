@@ -12,11 +12,13 @@ from tunesmith import protos
 from tunesmith.auth.accounts import Accounts
 from tunesmith.errors import ResourceExhausted
 from tunesmith.jobs import queue
+from tunesmith.jobs.places import places
 from tunesmith.jobs.queue import Claim, JobQueue
 from tunesmith.store.database import Database
 from tunesmith.store.tables import Job, TunedModel
 
 ACCOUNTS = ("ada@x", "bob@x", "eve@x")
+STEPS = 4
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -55,7 +57,7 @@ def enqueue(database: Database, account: str, count: int, start: float = 0.0, mo
                 state="queued",
                 training_data=b"",
                 seed=0,
-                total_steps=4,
+                total_steps=STEPS,
                 create_time=time,
                 account=account,
             )
@@ -179,3 +181,32 @@ def test_of_two_creates_at_once_only_one_is_the_last_that_fits(database: Databas
     for thread in threads:
         thread.join(60)
     assert Counter(outcomes) == {"made": 2, "refused": 4}
+
+
+def test_places_are_told_in_the_order_of_claims(database: Database, jobs: JobQueue) -> None:
+    enqueue(database, "ada@x", 4)
+    enqueue(database, "bob@x", 2, start=0.5)
+    enqueue(database, "eve@x", 3, start=0.25)
+    claim(jobs)
+    begun = claim(jobs)
+    jobs.put_back(begun)
+    with database.read() as session:
+        expected = places(session)
+    assert [place.position for place in expected.values()] == [1, 2, 3, 4, 5, 6, 7, 8]
+    claimed = [claim(jobs).job for _ in expected]
+    assert claimed == [*expected]
+    assert claimed[0] == begun.job
+
+
+def test_a_running_job_tells_when_the_next_one_begins(database: Database, jobs: JobQueue) -> None:
+    enqueue(database, "ada@x", 3)
+    running = claim(jobs)
+    with database.read() as session:
+        assert {place.eta_seconds for place in places(session).values()} == {None}
+    jobs.record(running, protos.TuningStep(step=1, seconds=0.5, eta_seconds=60))
+    with database.read() as session:
+        first, second = places(session).values()
+    assert first.eta_seconds is not None
+    assert second.eta_seconds is not None
+    assert 55 < first.eta_seconds <= 60
+    assert second.eta_seconds - first.eta_seconds == pytest.approx(0.5 * STEPS)

@@ -1,19 +1,21 @@
 """The queue on a real SQLite file: leases, fencing, cancel."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from tunesmith import protos
 from tunesmith.auth.accounts import Accounts
-from tunesmith.errors import Cancelled
+from tunesmith.errors import Cancelled, FailedPrecondition
 from tunesmith.jobs import queue
 from tunesmith.jobs.queue import Claim, JobQueue, LeaseLost
+from tunesmith.store import events
 from tunesmith.store.database import Database
-from tunesmith.store.tables import Job, Snapshot, TunedModel
+from tunesmith.store.tables import Job, Report, Snapshot, TunedModel
 
 ACTIVE, FAILED = protos.TunedModel.ACTIVE, protos.TunedModel.FAILED
 
@@ -52,6 +54,10 @@ def enqueue(database: Database, name: str, create_time: float = 0.0) -> None:
                 create_time=create_time,
             )
         )
+
+
+def step(number: int, mean_loss: float) -> protos.TuningStep:
+    return protos.TuningStep(step=number, mean_loss=mean_loss, seconds=0.5, eta_seconds=8.0)
 
 
 def held(claim: Claim | None) -> Claim:
@@ -99,21 +105,21 @@ def test_a_lease_that_ran_out_gives_the_job_to_another_and_fences_the_first_off(
     enqueue(database, "x")
     jobs = JobQueue(database, lease_seconds=0.05)
     first = held(jobs.claim("a"))
-    jobs.record(first, 1, 0, 0.5)
+    jobs.record(first, step(1, 0.5))
     threading.Event().wait(0.1)  # the lease
     second = held(jobs.claim("b"))
     assert (second.job, second.attempt, second.recorded_steps) == (first.job, 2, 1)
     for write in (
         lambda: jobs.renew(first),
-        lambda: jobs.record(first, 2, 0, 9.9),
-        lambda: jobs.checkpointed(first, "theirs"),
+        lambda: jobs.record(first, step(2, 9.9)),
+        lambda: jobs.checkpointed(first, "theirs", 2),
         lambda: jobs.finish(first, "theirs"),
         lambda: jobs.fail(first, Cancelled("no")),
         lambda: jobs.put_back(first),
     ):
         with pytest.raises(LeaseLost):
             write()
-    jobs.record(second, 1, 0, 0.5)
+    jobs.record(second, step(1, 0.5))
     jobs.finish(second, "ours")
     with database.read() as session:
         model = session.get_one(TunedModel, "x")
@@ -129,7 +135,7 @@ def test_renewing_keeps_the_job(database: Database) -> None:
     claim = held(jobs.claim("a"))
     for _ in range(4):
         threading.Event().wait(0.1)
-        assert jobs.renew(claim) is False
+        assert not jobs.renew(claim).cancelled
         assert jobs.claim("b") is None
 
 
@@ -162,7 +168,7 @@ def test_a_killed_worker_that_finished_steps_is_no_poison(database: Database) ->
     jobs = JobQueue(database, lease_seconds=60)
     for attempt in range(1, 20):
         claim = held(jobs.claim(f"w{attempt}"))
-        jobs.record(claim, attempt, 0, 0.1)
+        jobs.record(claim, step(attempt, 0.1))
         jobs.release(claim.worker)
     assert held(jobs.claim("last")).attempt == 20
 
@@ -193,7 +199,7 @@ def test_cancelling_a_running_job_asks_its_worker(database: Database) -> None:
     jobs = JobQueue(database, 60)
     claim = held(jobs.claim("a"))
     cancel(database, "x")
-    assert jobs.renew(claim) is True
+    assert jobs.renew(claim).cancelled
     jobs.finish(claim, "partial", Cancelled("on the way"))
     assert state_of(database, "x") == ACTIVE
     assert protos.Status.FromString(job_of(database, "x").error or b"").code == 1
@@ -208,5 +214,123 @@ def test_a_deleted_model_takes_its_job_along(database: Database) -> None:
     with database.write() as session:
         session.delete(session.get_one(TunedModel, "x"))
     with pytest.raises(LeaseLost):
-        jobs.record(claim, 1, 0, 0.1)
+        jobs.record(claim, step(1, 0.1))
     assert jobs.claim("b") is None
+
+
+def told(database: Database, name: str) -> list[protos.TuningEvent]:
+    with database.read() as session:
+        return events.after(session, f"job-{name}", 0)
+
+
+def kinds(database: Database, name: str) -> list[str | None]:
+    return [event.WhichOneof("event") for event in told(database, name)]
+
+
+def test_what_a_step_did_is_told_once(database: Database) -> None:
+    enqueue(database, "x")
+    jobs = JobQueue(database, 60)
+    first = held(jobs.claim("a"))
+    jobs.record(first, step(1, 0.5))
+    jobs.validated(first, protos.TuningValidation(step=1, loss=0.4))
+    jobs.checkpointed(first, "path", 1)
+    jobs.record(first, step(2, 0.3))
+    jobs.release("a")
+    second = held(jobs.claim("b"))
+    jobs.record(second, step(1, 0.5))
+    jobs.validated(second, protos.TuningValidation(step=1, loss=0.4))
+    jobs.checkpointed(second, "other", 1)
+    jobs.record(second, step(2, 0.3))
+    jobs.finish(second, "adapter")
+    assert kinds(database, "x") == ["started", "step", "validation", "checkpoint", "step", "started", "finished"]
+    assert [event.event_id for event in told(database, "x")] == [1, 2, 3, 4, 5, 6, 7]
+    assert told(database, "x")[5].started.interruption == protos.TuningEvent.Started.WORKER_ENDED
+    assert told(database, "x")[6].finished.completed_steps == 2
+
+
+def change(database: Database, name: str, act: Callable[[Session, Job], None]) -> None:
+    with database.write() as session:
+        act(session, session.get_one(Job, f"job-{name}"))
+
+
+def test_a_paused_job_is_passed_over_and_keeps_its_place(database: Database) -> None:
+    for number, name in enumerate(("first", "second", "third")):
+        enqueue(database, name, float(number))
+    jobs = JobQueue(database, 60)
+    change(database, "first", queue.pause)
+    assert held(jobs.claim("a")).tuned_model == "second"
+    change(database, "first", queue.resume)
+    assert held(jobs.claim("b")).tuned_model == "first"
+    assert kinds(database, "first") == ["paused", "resumed", "started"]
+    assert told(database, "first")[2].started.interruption == protos.TuningEvent.Started.INTERRUPTION_UNSPECIFIED
+
+
+def test_a_running_job_is_asked_to_rest_and_may_be_asked_not_to(database: Database) -> None:
+    enqueue(database, "x")
+    jobs = JobQueue(database, 60)
+    claim = held(jobs.claim("a"))
+    assert jobs.record(claim, step(1, 0.5)) == queue.Wishes(cancelled=False, paused=False)
+    change(database, "x", queue.pause)
+    assert jobs.renew(claim) == jobs.record(claim, step(2, 0.5)) == queue.Wishes(cancelled=False, paused=True)
+    change(database, "x", queue.resume)
+    assert not jobs.record(claim, step(3, 0.5)).paused
+    change(database, "x", queue.pause)
+    jobs.put_back(claim)
+    assert jobs.claim("b") is None
+    assert kinds(database, "x")[-1] == "paused"
+    change(database, "x", queue.resume)
+    assert held(jobs.claim("b")).attempt == 2
+    assert told(database, "x")[-1].started.interruption == protos.TuningEvent.Started.PAUSED
+
+
+def test_a_job_whose_worker_dies_before_it_rests_rests(database: Database) -> None:
+    enqueue(database, "x")
+    jobs = JobQueue(database, 60)
+    held(jobs.claim("a"))
+    change(database, "x", queue.pause)
+    jobs.release("a")
+    assert jobs.claim("b") is None
+    assert kinds(database, "x") == ["started", "paused"]
+    assert jobs.claim("b") is None
+    assert kinds(database, "x") == ["started", "paused"]
+
+
+def test_a_cancelled_job_rests_no_longer(database: Database) -> None:
+    enqueue(database, "x")
+    jobs = JobQueue(database, 60)
+    claim = held(jobs.claim("a"))
+    jobs.record(claim, step(1, 0.5))
+    change(database, "x", queue.pause)
+    jobs.put_back(claim)
+    change(database, "x", queue.cancel)
+    with pytest.raises(FailedPrecondition, match="was cancelled"):
+        change(database, "x", queue.pause)
+    last = held(jobs.claim("b"))
+    assert last.cancelled
+    jobs.finish(last, "adapter", Cancelled("enough"))
+    assert told(database, "x")[-1].finished.reason == "enough"
+    with pytest.raises(FailedPrecondition, match="is done"):
+        change(database, "x", queue.resume)
+
+
+def test_training_that_ends_early_is_done(database: Database) -> None:
+    enqueue(database, "x")
+    jobs = JobQueue(database, 60)
+    claim = held(jobs.claim("a"))
+    jobs.record(claim, step(1, 0.5))
+    jobs.finish(claim, "adapter", stopped_at=1)
+    assert job_of(database, "x").total_steps == 1
+    assert "after step 1 of 4" in told(database, "x")[-1].finished.reason
+    assert job_of(database, "x").error is None
+
+
+def test_how_a_job_is_trained_is_stored_once(database: Database) -> None:
+    enqueue(database, "x")
+    jobs = JobQueue(database, 60)
+    claim = held(jobs.claim("a"))
+    for rank in (16, 8):
+        jobs.describe(claim, protos.TuningRecipe(rank=rank), [protos.DataWarning(kind="input_cut")])
+    assert kinds(database, "x") == ["started", "warning"]
+    with database.read() as session:
+        stored = protos.TuningReport.FromString(session.get_one(Report, "job-x").message)
+    assert stored.recipe.rank == 16

@@ -56,6 +56,8 @@ class Method:
     """Whether a read-only scope is enough."""
     asks: bool = False
     """Whether it takes a model that has weights."""
+    steers: bool = False
+    """Whether it takes a job that is not done."""
 
 
 NEW = "somebody new"
@@ -76,6 +78,12 @@ METHODS = [
     Method("DeletePermission", WRITERS, "DELETE", "{permission}"),
     Method("CancelOperation", WRITERS, "POST", "{operation}:cancel", {}),
     Method("DeleteOperation", WRITERS, "DELETE", "{operation}"),
+    # Of streams that may never end, and of files, the headers will do.
+    Method("WatchTuning", READERS, "HEAD", "{model}:watch", sees=True),
+    Method("GetTuningReport", READERS, "GET", "{model}:report", sees=True),
+    Method("PauseTuning", WRITERS, "POST", "{model}:pause", {}, steers=True),
+    Method("ResumeTuning", WRITERS, "POST", "{model}:resume", {}, steers=True),
+    Method("ExportTunedModel", WRITERS, "HEAD", "{model}:export?format=PEFT", asks=True),
     Method("TransferOwnership", OWNERS, "POST", "{model}:transferOwnership", {"emailAddress": "heir@x"}),
     Method("DeleteTunedModel", OWNERS, "DELETE", "{model}"),
 ]
@@ -96,7 +104,7 @@ def expected(method: Method, credential: str, role: str, state: str) -> int:
         return (
             404 if method.name == "GetPermission" else 403
         )  # a reader sees only the permissions that concern them
-    if method.asks and state != "ACTIVE":
+    if (method.asks and state != "ACTIVE") or (method.steers and state != "CREATING"):
         return 400
     return 200
 
@@ -290,6 +298,7 @@ ELSEWHERE = [
     Method("ListModels", set(ROLES), "GET", "models", sees=True),
     Method("ListTunedModels", set(ROLES), "GET", "tunedModels", sees=True),
     Method("CreateTunedModel", set(ROLES), "POST", "tunedModels", job("more", epochs=1)),
+    Method("TuneModel", set(ROLES), "POST", "tunedModels:tune", {"tunedModel": job("more", epochs=1)}),
     Method(
         "EmbedContent",
         set(ROLES),

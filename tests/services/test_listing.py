@@ -13,6 +13,7 @@ from tunesmith.auth.accounts import Accounts
 from tunesmith.base_models.catalog import Catalog
 from tunesmith.caller import Caller
 from tunesmith.config import Settings
+from tunesmith.services.creation import Creation
 from tunesmith.services.models import ModelService
 from tunesmith.store.artifacts import ArtifactStore
 from tunesmith.store.database import Database
@@ -65,8 +66,8 @@ def fill(database: Database, count: int) -> None:
 
 
 def service(database: Database, tmp_path: Path) -> ModelService:
-    settings = Settings(data_dir=tmp_path)
-    return ModelService(database, ArtifactStore(f"file://{tmp_path}"), Catalog.load(settings), 0)
+    catalog = Catalog.load(Settings(data_dir=tmp_path))
+    return ModelService(database, ArtifactStore(f"file://{tmp_path}"), catalog, Creation(database, catalog, 0))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from servers import EXAMPLES, Server, job, losses
-from tunesmith.services.models import generate_id
+from tunesmith.services.creation import generate_id
 
 
 @pytest.fixture(scope="module")

@@ -6,24 +6,23 @@ import pytest
 import torch
 
 from tiny import tiny_tokenizer
+from training.training_data import conversation, conversations
 from tunesmith import protos
 from tunesmith.base_models.prompts import FORMATS, Turn
-from tunesmith.training.examples import Row, collate, tokenize
+from tunesmith.training.batches import collate
+from tunesmith.training.examples import Row, tokenize
 
 TOKENIZER = tiny_tokenizer()
 TEXTS = ["one", "two", "three", "four", "five", "six"]
 
 
 def examples(texts: Sequence[str], system: str | None = None) -> protos.TuningExamples:
-    conversation = protos.TuningMultiturnExample()
-    if system is not None:
-        conversation.system_instruction.parts.add(text=system)
-    for text in texts:
+    example = conversation(texts, system)
+    for content in example.contents:  # a turn may come in several parts
+        text = content.parts.pop().text
         half = len(text) // 2
-        conversation.contents.add().parts.extend(
-            protos.TuningPart(text=part) for part in (text[:half], text[half:])
-        )
-    return protos.TuningExamples(multiturn_examples=[conversation])
+        content.parts.extend(protos.TuningPart(text=part) for part in (text[:half], text[half:]))
+    return conversations([example])
 
 
 def row(name: str, texts: list[str], system: str | None = None, limit: int = 1000) -> Row:
@@ -43,16 +42,12 @@ def test_every_answer_is_learnt_and_nothing_else(name: str, system: str | None) 
     assert learnt(one) == ["two", "four", "six"]
     assert one.learnt == sum(len(FORMATS[name].output(TOKENIZER, text)) for text in TEXTS[1::2])
     batch = collate([one, Row([5, 6, 7], [8, 9])], torch.device("cpu"))
-    tokens = batch.tokens
     assert batch.targets.tolist() == [
         *(token for start, end in one.answers for token in (one.prompt + one.output)[start:end]),
         8,
         9,
     ]
-    assert all(
-        tokens[number, column + 1] == target
-        for (number, column), target in zip(batch.positions.tolist(), batch.targets.tolist(), strict=True)
-    )
+    assert torch.equal(batch.tokens[batch.places + 1], batch.targets)
 
 
 @pytest.mark.parametrize("name", ["labelled", "chatml"])

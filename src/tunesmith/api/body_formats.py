@@ -72,6 +72,7 @@ class StreamFormat:
     end: bytes
     empty: bytes  # the whole of a stream without messages
     messages_have_lengths: bool = False
+    alive: bytes = b""  # what may stand between messages and means nothing, for proxies that end silent streams
 
     def part(self, body: bytes, *, first: bool, failed: bool = False) -> bytes:
         """Return one message, or the error that ends the stream, as a part of it."""
@@ -84,8 +85,8 @@ class StreamFormat:
 # google.rpc.StreamBody: `repeated bytes messages = 1; Status status = 2`.
 _MESSAGE_TAG, _ERROR_TAG = b"\x0a", b"\x12"
 
-EVENT_STREAM = StreamFormat(EVENTS, b"data: ", b"data: ", b"\r\n\r\n", b"", b"")
-ARRAY_STREAM = StreamFormat(JSON, b"[", b",\r\n", b"", b"]", b"[]")
+EVENT_STREAM = StreamFormat(EVENTS, b"data: ", b"data: ", b"\r\n\r\n", b"", b"", alive=b":\r\n\r\n")
+ARRAY_STREAM = StreamFormat(JSON, b"[", b",\r\n", b"", b"]", b"[]", alive=b"\r\n")
 PROTOBUF_STREAM = StreamFormat(PROTOBUF, b"", b"", b"", b"", b"", messages_have_lengths=True)
 PROTOBUF_FORMAT = ProtobufFormat()
 JSON_FORMATS = {

@@ -6,9 +6,10 @@ from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 
+from tunesmith.api.downloads import is_download
 from tunesmith.api.http_rules import VERSIONS
-from tunesmith.api.schemas import Schema, Schemas
-from tunesmith.api.surface import REQUIRED, Method, has_behavior
+from tunesmith.api.schemas import Schema, Schemas, describe
+from tunesmith.api.surface import Method
 from tunesmith.errors import NotFound
 
 NAME = "generativelanguage"
@@ -133,6 +134,8 @@ def _method(method: Method, version: str, schemas: Schemas) -> dict[str, Any]:
         "parameterOrder": order,
         "response": schemas.ref(method.rpc.output_type),
     }
+    if is_download(method.rpc.output_type):
+        document["supportsMediaDownload"] = True
     if method.body is not None:
         document["request"] = schemas.ref(method.body)
     return document
@@ -142,8 +145,8 @@ def _parameter(field: FieldDescriptor, schemas: Schemas) -> Schema:
     parameter = schemas.value(field) | {"location": "query"}
     if field.is_repeated:
         parameter["repeated"] = True
-    if has_behavior(field, REQUIRED):
-        parameter["description"] = "Required."
+    if text := describe(field):
+        parameter["description"] = text
     return parameter
 
 

@@ -27,12 +27,16 @@ Method = Callable[[Any, Caller], Any]
 _KEY = "API key "
 _GENERATES = re.compile(r"(Batch)?Embed|(Stream|Bidi)?Generate")
 """How the names of RPCs begin that take the engine's time."""
-_READS = re.compile(r"(Batch)?Get|List|Wait|Count")
+_READS = re.compile(r"(Batch)?Get|List|Wait|Watch|Count|Export")
 """How the names of the others begin that change nothing; all the rest are recorded."""
 
 
-WAITS = frozenset({"google.longrunning.Operations.WaitOperation"})
-"""RPCs that last as long as their caller likes: transports give them threads of their own."""
+WAITS: Mapping[str, int] = {
+    "google.longrunning.Operations.WaitOperation": 40,
+    "tunesmith.v1beta.TuningService.WatchTuning": 256,
+    "tunesmith.v1beta.TuningService.ExportTunedModel": 16,
+}
+"""RPCs that last as long as their caller likes: transports give them so many threads of their own."""
 
 
 class Verifier(Protocol):
@@ -48,7 +52,8 @@ class Dispatcher:
 
     Args:
         services: Each service by its full name. Its method for an RPC has the RPC's name in snake_case and
-            takes the request and the caller; it returns the response, or an iterator if the RPC streams.
+            takes the request and the caller; it returns the response, or an iterator if the RPC streams. That
+            one may yield None: there is nothing new, and it goes on.
         verifier: Says who is calling.
         limits: What each account may ask for; by default, anything.
         audit: Where changes are recorded; by default, nowhere.
@@ -114,10 +119,11 @@ class Dispatcher:
         credentials: Credentials,
         gone: Event | None = None,
         address: str = "",
-    ) -> Generator[Message]:
+    ) -> Generator[Message | None]:
         """Run an RPC that answers with a stream; arguments and errors as for `call`.
 
-        Nothing runs before the first response is asked for. Closing the generator closes the service's.
+        None among the responses says that there is nothing new yet. Nothing runs before the first response is
+        asked for. Closing the generator closes the service's.
         """
         try:
             caller = self._authenticate(rpc, credentials, gone, address)
@@ -126,7 +132,7 @@ class Dispatcher:
             responses = method(request, caller)
             try:
                 for response in responses:
-                    yield without_input_only(response)
+                    yield None if response is None else without_input_only(response)
             finally:
                 close = getattr(responses, "close", None)
                 if close is not None:

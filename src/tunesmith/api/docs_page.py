@@ -10,7 +10,7 @@ from itertools import groupby
 from string import Template
 from typing import Any
 
-from tunesmith.api.openapi import ABOUT, DEFAULT_VERSION
+from tunesmith.api.openapi import ABOUT, DEFAULT_VERSION, FILE
 
 _Operation = dict[str, Any]
 
@@ -86,11 +86,12 @@ def _method(entry: _Entry, document: Mapping[str, Any]) -> Iterator[str]:
     ]
     yield _table(rows)
     sent = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
-    answer = operation["responses"]["200"]["content"]["application/json"]["schema"]
+    answered = operation["responses"]["200"]["content"]
+    answer = answered.get("application/json", answered.get(FILE, {})).get("schema", {})
     yield '<p class="io">'
     if sent and document["components"]["schemas"][sent["$ref"].rpartition("/")[2]]["properties"]:
         yield f"Takes {_type(sent)}. "
-    yield f"Answers with {_type(answer)}.</p></article>"
+    yield f"Answers with {'a file' if FILE in answered else _type(answer)}.</p></article>"
 
 
 def _curl(entry: _Entry) -> str:
@@ -100,6 +101,8 @@ def _curl(entry: _Entry) -> str:
         if parameter.get("in") == "path":
             path = path.replace(f"{{{parameter['name']}}}", f"${{{parameter['name']}}}")
     method = "" if entry.http_method == "GET" else f"-X {entry.http_method} "
+    if FILE in entry.operation["responses"]["200"]["content"]:
+        method = "-OJ "  # under the name that the server gives it
     lines = [f'curl {method}"$base_url/{DEFAULT_VERSION}{path}"', '    -H "Authorization: Bearer $access_token"']
     content = entry.operation.get("requestBody", {}).get("content", {}).get("application/json", {})
     if "example" in content:

@@ -139,7 +139,8 @@ class GrpcServer:
         threads = self._pool(service.name)
         handlers = {}
         for rpc in service.methods:
-            own = self._pool(rpc.name) if rpc.full_name in WAITS else own_threads.get(rpc.full_name, threads)
+            waits = WAITS.get(rpc.full_name)
+            own = self._pool(rpc.name, waits) if waits else own_threads.get(rpc.full_name, threads)
             handlers[rpc.name] = _handler(_Rpc(rpc, dispatcher, metrics, self._max_message_bytes), own)
         return handlers
 
@@ -174,13 +175,15 @@ class _Rpc:
             request, peer = self._parse(data), address(context.peer())
             with closing(self._dispatcher.stream(self.rpc, request, brought, gone, peer)) as responses:
                 for response in responses:
-                    yield mask.apply(response) if mask else response
+                    if response is not None:  # HTTP/2 has its own way to say that somebody is there
+                        yield mask.apply(response) if mask else response
 
     def refuse(self, _requests: Iterable[bytes], context: grpc.ServicerContext) -> Iterator[Message]:
         """Answer a stream of requests: no service takes one, so the dispatcher finds a word for it."""
         with self._observed(context) as gone:
             brought = credentials(context.invocation_metadata())
-            yield from self._dispatcher.stream(self.rpc, self._request(), brought, gone)
+            answers = self._dispatcher.stream(self.rpc, self._request(), brought, gone)
+            yield from (answer for answer in answers if answer is not None)
 
     @contextmanager
     def _observed(self, context: grpc.ServicerContext) -> Iterator[threading.Event]:

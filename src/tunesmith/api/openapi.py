@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from tunesmith.api.downloads import is_download
 from tunesmith.api.http_rules import VERSIONS
 from tunesmith.api.schemas import Schema, Schemas, describe
 from tunesmith.api.surface import REQUIRED, Method, has_behavior, words
@@ -10,6 +11,7 @@ from tunesmith.api.surface import REQUIRED, Method, has_behavior, words
 Document = dict[str, Any]
 
 DEFAULT_VERSION = "v1beta"
+FILE = "application/octet-stream"
 ABOUT = (
     "Tunesmith tunes text models on your own machine and speaks the API of Google's Gemini tuning service. "
     "Every method answers alike under each version. Requests may spell names in camelCase or snake_case; "
@@ -84,6 +86,12 @@ _PARAMETERS: Mapping[str, Schema] = {
         "description": "`json` streams one array, `sse` server-sent events, `proto` a google.rpc.StreamBody.",
         "schema": {"type": "string", "enum": ["json", "sse", "proto"], "default": "json"},
     },
+    "altOfDownloads": {
+        "name": "alt",
+        "in": "query",
+        "description": "`media` says what is so anyway: the answer is the file.",
+        "schema": {"type": "string", "enum": ["json", "media"], "default": "json"},
+    },
 }
 _TEXT = {"parts": [{"text": "LXIII"}]}
 _EXAMPLES: Mapping[str, Schema] = {
@@ -107,6 +115,16 @@ _EXAMPLES: Mapping[str, Schema] = {
     "GenerateText": {"prompt": {"text": "LXIII"}},
     "CountTextTokens": {"prompt": {"text": "LXIII"}},
     "CancelOperation": {},
+    "TuneModel": {
+        "tunedModel": {
+            "displayName": "number generator",
+            "baseModel": "models/gemma-3-270m",
+            "tuningTask": {"trainingData": {"examples": {"examples": [{"textInput": "1", "output": "2"}]}}},
+        },
+        "options": {"validationFraction": 0.1, "patience": 3, "keep": "BEST", "seed": 7},
+    },
+    "PauseTuning": {},
+    "ResumeTuning": {},
 }
 """A request body for each RPC that takes one."""
 
@@ -164,11 +182,11 @@ def _operation(method: Method, schemas: Schemas) -> Document:
         "summary": method.summary,
         "parameters": _parameters(method, schemas),
         "responses": {
-            "200": {"description": "Done.", "content": _answer(method, schemas.ref(method.rpc.output_type))},
+            "200": {"description": "Done.", "content": _answer(method, schemas)},
             "default": {"$ref": "#/components/responses/Error"},
         },
     }
-    if method.rpc.server_streaming:
+    if method.rpc.server_streaming and not is_download(method.rpc.output_type):
         # An error before the first message comes in an array too, unless the stream is of events.
         of_errors = {"oneOf": [_ref("Error"), {"type": "array", "items": _ref("Error")}]}
         operation["responses"]["default"] = {"description": "What went wrong.", "content": _content(of_errors)}
@@ -196,16 +214,21 @@ def _parameters(method: Method, schemas: Schemas) -> list[Schema]:
         if text := describe(field):
             parameter["description"] = text
         parameters.append(parameter)
+    if is_download(method.rpc.output_type):
+        return [*parameters, {"$ref": "#/components/parameters/altOfDownloads"}]
     alt = "altOfStreams" if method.rpc.server_streaming else "alt"
     return [*parameters, *({"$ref": f"#/components/parameters/{name}"} for name in ("fields", "prettyPrint", alt))]
 
 
-def _answer(method: Method, schema: Schema) -> Document:
+def _answer(method: Method, schemas: Schemas) -> Document:
+    if is_download(method.rpc.output_type):
+        return {FILE: {"schema": {"type": "string", "format": "binary"}}}
+    schema = schemas.ref(method.rpc.output_type)
     if not method.rpc.server_streaming:
         return _content(schema)
     # An error may end a stream that has begun.
     parts = {"type": "array", "items": {"anyOf": [schema, _ref("Error")]}}
-    return {**_content(parts), "text/event-stream": {"schema": {"type": "string"}}}
+    return {**_content(parts), "text/event-stream": {}}
 
 
 def _content(schema: Schema) -> Document:

@@ -6,11 +6,12 @@ import re
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import anyio
 from anyio import CapacityLimiter, to_thread
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -21,6 +22,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Lifespan, Receive, Scope, Send
 
 from tunesmith import protos
+from tunesmith.api import event_stream
 from tunesmith.api.body_formats import (
     ARRAY_STREAM,
     EVENT_STREAM,
@@ -32,6 +34,7 @@ from tunesmith.api.body_formats import (
 )
 from tunesmith.api.dispatch import WAITS, Dispatcher, internal
 from tunesmith.api.documents import document_routes
+from tunesmith.api.downloads import headers_of, is_download
 from tunesmith.api.exchange import Exchange, Headers
 from tunesmith.api.field_mask import FieldMask, field_mask
 from tunesmith.api.metrics import CONTENT_TYPE, CallMetrics
@@ -50,6 +53,8 @@ THREADS = 40
 """Calls of one service that run at a time; the next ones wait their turn."""
 
 _Result = TypeVar("_Result")
+
+_END = object()
 
 _REALM = b'Bearer realm="https://accounts.google.com/", error='
 _EXPOSED = ("www-authenticate", "retry-after", "content-encoding", "content-length", "date", "vary")
@@ -135,7 +140,9 @@ class _Call:
     @property
     def in_array(self) -> bool:
         """Whether the response is a stream in the form of one JSON array."""
-        return bool(self.match and self.match.rule.rpc.server_streaming and self.stream is ARRAY_STREAM)
+        rpc = self.match.rule.rpc if self.match else None
+        streams = rpc is not None and rpc.server_streaming and not is_download(rpc.output_type)
+        return streams and self.stream is ARRAY_STREAM
 
     @property
     def format(self) -> BodyFormat:
@@ -152,6 +159,69 @@ class _Call:
     def written(self, message: Message, mask: FieldMask | None) -> bytes:
         """Return a response, or what the mask keeps of it."""
         return self.format.message(mask.apply(message) if mask else message)
+
+
+class _Parts:
+    """The parts of a body that is a stream; everything that its messages cost is spent in the thread that asks.
+
+    Attributes:
+        headers: Of the response, once the first part is there.
+        broken: Whether it ended where no error can be written.
+    """
+
+    def __init__(
+        self, call: _Call, kind: Descriptor, messages: Generator[Message | None], mask: FieldMask | None
+    ) -> None:
+        self._call, self._messages, self._mask = call, messages, mask
+        self._events = call.stream is EVENT_STREAM and event_stream.are_events(kind)
+        self._download = is_download(kind)
+        self._empty, self.broken = True, False
+        self.headers: Headers = [(b"content-type", call.stream.content_type)]
+        if call.stream is EVENT_STREAM:
+            self.headers = [*self.headers, (b"x-accel-buffering", b"no")]  # nginx would keep events back
+
+    def first(self) -> bytes | None:
+        """Return the first part; None when there is none.
+
+        Raises:
+            ApiError: The stream failed before it began.
+        """
+        message: Any = next(self._messages, _END)
+        if self._download and message is not _END:
+            self.headers = headers_of(message)
+        part = self._part(message)
+        return event_stream.RETRY + part if self._events and part is not None else part
+
+    def next(self) -> bytes | None:
+        """Return the next part, which may be the error that ends the stream; None after the last."""
+        try:
+            return self._part(next(self._messages, _END))
+        except ApiError as error:
+            self._call.code, self.broken = error.status, self._download
+            first, self._empty = self._empty, False
+            written = self._call.format.error(error)
+            return None if self.broken else self._call.stream.part(written, first=first, failed=True)
+
+    @property
+    def end(self) -> bytes:
+        """What follows the last part."""
+        if self._download:
+            return b""
+        return self._call.stream.empty if self._empty else self._call.stream.end
+
+    def close(self) -> None:
+        """End the service's work."""
+        self._messages.close()
+
+    def _part(self, message: Any) -> bytes | None:
+        if message is _END or self._download:
+            return None if message is _END else message.data
+        stream = self._call.stream
+        if message is None:
+            return stream.alive
+        first, self._empty = self._empty, False
+        body = self._call.written(message, self._mask)
+        return event_stream.part(message, body) if self._events else stream.part(body, first=first)
 
 
 class _Api:
@@ -204,6 +274,8 @@ class _Api:
         elif method != exchange.method and is_form(headers):
             form = await exchange.read_body(self._max_body_bytes, self._receive_seconds)
             call.parameters = system_parameters(exchange.query + b"&" + form, headers)
+        if call.parameters.style.media and not is_download(match.rule.rpc.output_type):
+            raise InvalidArgument("alt=media is for downloads of files; this method answers with a message.")
         if match.rule.rpc.server_streaming:
             await self._stream(exchange, call, match, body)
         else:
@@ -222,7 +294,8 @@ class _Api:
             return self._dispatcher.call(rpc, request, parameters.credentials, exchange.gone, exchange.address)
 
         def write(response: Message) -> tuple[bytes, Headers]:
-            return _compress(call.written(response, mask), zipped)
+            payload, headers = _compress(call.written(response, mask), zipped)
+            return payload, [(b"content-type", call.format.content_type), *headers]
 
         if rpc.full_name in self._inline:
             response = run()
@@ -233,59 +306,57 @@ class _Api:
         else:
             async with exchange.watched():
                 payload, headers = await self._in_thread(match, lambda: write(run()))
-        await exchange.respond(200, payload, [(b"content-type", call.format.content_type), *headers])
+        await exchange.respond(200, payload, headers)
 
     async def _stream(self, exchange: Exchange, call: _Call, match: Match, body: bytes) -> None:
-        rpc, parameters, mask = match.rule.rpc, call.parameters, _mask(call, match)
+        rpc, style, headers = match.rule.rpc, call.parameters.style, exchange.headers
+        if match.rule.http_method == "GET" and not style.protobuf and event_stream.wanted(headers):
+            call.parameters = replace(call.parameters, style=replace(style, sse=True))
+        parameters, mask = call.parameters, _mask(call, match)
+        resumed = event_stream.resumed(parameters.query, headers, rpc.input_type)
 
-        def begin() -> tuple[Generator[Message], bytes | None]:
-            request = to_message(match, parameters.query, body, protobuf=is_protobuf(exchange.headers))
+        def begin() -> tuple[_Parts, bytes | None]:
+            request = to_message(match, resumed or parameters.query, body, protobuf=is_protobuf(headers))
             who = parameters.credentials
             messages = self._dispatcher.stream(rpc, request, who, exchange.gone, exchange.address)
-            first = next(messages, None)
-            return messages, None if first is None else call.stream.part(call.written(first, mask), first=True)
+            parts = _Parts(call, rpc.output_type, messages, mask)
+            return parts, parts.first()
 
         async with exchange.watched():
-            messages, part = await self._in_thread(match, begin)
+            parts, part = await self._in_thread(match, begin)
             try:
-                await self._send_stream(exchange, call, match, messages, part)
+                if part is None and resumed is not None and call.stream is EVENT_STREAM:
+                    await exchange.respond(204, b"")  # or a browser would come back for ever
+                else:
+                    await self._send_stream(exchange, match, parts, part)
             except BaseException:
                 exchange.gone.set()
                 raise
             finally:
                 # A server that stops does not wait for the thread that pulls; that one then closes.
                 with anyio.CancelScope(shield=True), suppress(ValueError):
-                    await self._in_thread(match, messages.close)
+                    await self._in_thread(match, parts.close)
 
-    async def _send_stream(
-        self, exchange: Exchange, call: _Call, match: Match, messages: Generator[Message], part: bytes | None
-    ) -> None:
-        stream, mask = call.stream, _mask(call, match)
-
+    async def _send_stream(self, exchange: Exchange, match: Match, parts: "_Parts", part: bytes | None) -> None:
         def pull() -> bytes | None:
-            try:
-                message = next(messages, None)
-                if exchange.gone.is_set():
-                    messages.close()
-                return None if message is None else stream.part(call.written(message, mask), first=False)
-            except ApiError as error:
-                call.code = error.status
-                return stream.part(call.format.error(error), first=False, failed=True)
+            part = parts.next()
+            if exchange.gone.is_set():
+                parts.close()
+            return part
 
-        await exchange.begin(200, [(b"content-type", stream.content_type)])
-        end = stream.empty
-        while part is not None and not exchange.gone.is_set():
+        await exchange.begin(200, parts.headers)
+        while part is not None and exchange.method != "HEAD" and not exchange.gone.is_set():
             await exchange.send_part(part)
-            end = stream.end
             part = await self._in_thread(match, pull)
-        await exchange.send_part(end, more=False)
+        if not parts.broken:  # else the connection is closed without an end: half a file is none
+            await exchange.send_part(b"" if exchange.method == "HEAD" else parts.end, more=False)
 
     async def _in_thread(self, match: Match, work: Callable[[], _Result]) -> _Result:
         rpc = match.rule.rpc
         group = rpc.full_name if rpc.full_name in WAITS else rpc.containing_service.full_name
         limiter = self._limiters.get(group)
         if limiter is None:
-            limiter = self._limiters[group] = CapacityLimiter(self._threads)
+            limiter = self._limiters[group] = CapacityLimiter(WAITS.get(group, self._threads))
         return await to_thread.run_sync(work, limiter=limiter)
 
 

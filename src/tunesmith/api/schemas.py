@@ -5,6 +5,7 @@ from typing import Any
 
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 
+from tunesmith import protos
 from tunesmith.api.surface import IMMUTABLE, INPUT_ONLY, OUTPUT_ONLY, REQUIRED, has_behavior
 
 Schema = dict[str, Any]
@@ -55,6 +56,8 @@ class Schemas:
         name = schema_name(kind)
         if name not in self.collected:
             schema = self.collected[name] = self._named(name)
+            if text := protos.comment(kind.full_name):
+                schema["description"] = text
             schema["properties"] = {field.json_name: self.field(field) for field in kind.fields}
         return {"$ref": self._prefix + name}
 
@@ -93,5 +96,6 @@ class Schemas:
 
 
 def describe(field: FieldDescriptor) -> str:
-    """Return what the descriptor says of a field besides its type."""
-    return " ".join(text for behavior, text in _BEHAVIORS if has_behavior(field, behavior))
+    """Return what the descriptor and our own .proto files say of a field besides its type."""
+    behaviors = (text for behavior, text in _BEHAVIORS if has_behavior(field, behavior))
+    return " ".join(filter(None, [*behaviors, protos.comment(field.full_name)]))

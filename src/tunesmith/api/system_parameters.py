@@ -22,6 +22,7 @@ class Style:
     Attributes:
         sse: A stream as server-sent events.
         protobuf: In protobuf's own encoding instead of JSON.
+        media: As the bytes of a file.
         pretty: JSON with a key a line.
         enum_numbers: JSON with enums as numbers.
         fields: What of the response to keep, as sent; "" for all of it.
@@ -29,6 +30,7 @@ class Style:
 
     sse: bool = False
     protobuf: bool = False
+    media: bool = False
     pretty: bool = True
     enum_numbers: bool = False
     fields: str = ""
@@ -101,13 +103,12 @@ def _credentials(system: Mapping[str, str], headers: Mapping[bytes, bytes]) -> C
 
 def _style(system: Mapping[str, str], fields: str) -> Style:
     kind, *options = [part.strip() for part in system.get("alt", "json").split(";")]
-    if kind == "media":
-        raise InvalidArgument("alt=media is for downloads of files; this method answers with a message.")
-    if kind not in ("", "json", "sse", "proto"):
+    if kind not in ("", "json", "sse", "proto", "media"):
         raise InvalidArgument(f'Invalid value "{kind}" for parameter alt: expected json, sse or proto.')
     return Style(
         sse=kind == "sse",
         protobuf=kind == "proto",
+        media=kind == "media",
         pretty=system.get("prettyPrint", "true").lower() not in ("false", "0"),
         enum_numbers="enum-encoding=int" in options,
         fields="" if fields == "*" else fields,

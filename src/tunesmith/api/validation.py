@@ -16,12 +16,12 @@ _REQUIRED, _OUTPUT_ONLY, _INPUT_ONLY = 2, 3, 4  # google.api.FieldBehavior
 _ANY = "google.protobuf.Any"
 
 # RPCs that make something need all of it; an update brings the part that changes.
-_WHOLE = ("Create", "Generate", "StreamGenerate")
+_WHOLE = ("Create", "Generate", "StreamGenerate", "Tune")
 
 _NOT_ENFORCED = {
     f"google.ai.generativelanguage.v1beta.{field}"
     for field in (
-        # services/models.py explains missing training data, and names each row that is not whole.
+        # services/creation.py explains missing training data, and names each row that is not whole.
         "TunedModel.tuning_task",
         "TuningTask.training_data",
         "TuningExample.output",

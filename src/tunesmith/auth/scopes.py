@@ -49,6 +49,12 @@ NEEDED: Mapping[str, frozenset[str]] = {
     "GenerativeService.BatchEmbedContents": _TUNES,
     "TextService.GenerateText": _TUNES,
     "TextService.CountTextTokens": _TUNES,
+    "TuningService.TuneModel": _TUNES,
+    "TuningService.WatchTuning": _SEES,
+    "TuningService.GetTuningReport": _SEES,
+    "TuningService.PauseTuning": _TUNES,
+    "TuningService.ResumeTuning": _TUNES,
+    "TuningService.ExportTunedModel": _TUNES,
 }
 """The scopes that open each method, by its service and its name."""
 

@@ -42,6 +42,8 @@ class BaseModel(Record):
     hub: str = ""
     revision: str = "main"
     path: Path | None = None
+    published_as: str = ""
+    """The Hugging Face repository of the same model, when its weights come from elsewhere."""
     licence: str
     prompt_format: Literal["labelled", "chatml"]
     """How tuned models are asked; prompts.py has the formats."""

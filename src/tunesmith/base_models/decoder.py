@@ -6,7 +6,7 @@ is not known here they still run, behind the same interface: see `load`.
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -187,56 +186,17 @@ def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     return linear
 
 
-def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return x in float32 with a mean square of 1 in its last dimension, and what it was multiplied by."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return x * inverse, inverse
 
 
-def _through_norm(gradient: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
-    """Return the gradient of `_normalised`'s input, float32; overwrites that of its output."""
-    y = x * inverse
-    along = torch.linalg.vecdot(gradient, y).unsqueeze(-1).div_(x.shape[-1])
-    return gradient.addcmul_(y, along, value=-1).mul_(inverse)
-
-
-class _Normalise(torch.autograd.Function):
-    """RMSNorm in float32, rounded once. Autograd would keep four tensors and go back in a dozen operations."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, inverse = _normalised(x, eps)
-        ctx.save_for_backward(x, inverse, weight)
-        return y.mul_(weight).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        x, inverse, weight = ctx.saved_tensors
-        return _through_norm(upstream * weight, x, inverse).to(x.dtype), None, None
-
-
-class _Turn(torch.autograd.Function):
-    """Rotary positions, after an RMSNorm where there is a weight; in float32, rounded once."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        y, inverse = (x, None) if weight is None else _normalised(x, eps)
-        if weight is not None:
-            y.mul_(weight)
-        ctx.save_for_backward(x if inverse is not None else None, inverse, weight, cosine, sine)
-        # The sine's first half is negative: the halves change places, and the second comes with a minus.
-        return (y * cosine).addcmul_(y.roll(y.shape[-1] // 2, -1), sine).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
-        x, inverse, weight, cosine, sine = ctx.saved_tensors
-        gradient = (upstream * cosine).add_((upstream * sine).roll(upstream.shape[-1] // 2, -1))
-        if weight is not None:
-            gradient = _through_norm(gradient.mul_(weight), x, inverse)
-        return gradient.to(upstream.dtype), None, None, None, None
+def turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Return queries or keys turned by their positions, float32."""
+    # The sine's first half is negative: the halves change places, and the second comes with a minus.
+    return (x * cosine).addcmul_(x.roll(x.shape[-1] // 2, -1), sine)
 
 
 class RMSNorm(nn.Module):
@@ -246,31 +206,37 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.factor = weight.float() + config.norm_offset
-        self._eps = config.rms_norm_eps
+        self.eps = config.rms_norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x normalised along its last dimension."""
-        if x.requires_grad:
-            return _Normalise.apply(x, self.factor, self._eps)  # type: ignore[no-any-return, no-untyped-call]
-        return _normalised(x, self._eps)[0].mul_(self.factor).to(x.dtype)
+        return normalise(x, self.eps)[0].mul_(self.factor).to(x.dtype)
 
 
-class _Turns(NamedTuple):
+class Turns(NamedTuple):
     """Cosines and signed sines of positions, [rows, width, 1, head size] in float32."""
 
     cosine: Tensor
     sine: Tensor
 
 
-def _turns(positions: Tensor, rope: Rope, size: int) -> _Turns:
+def _turns(positions: Tensor, rope: Rope, size: int) -> Turns:
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device=positions.device) / size
     angles = positions[..., None, None].float() * (1.0 / (rope.theta**exponents * rope.factor))
     cosine, sine = angles.cos(), angles.sin()
-    return _Turns(torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1))
+    return Turns(torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1))
 
 
 class Attention(nn.Module):
-    """Causal attention of a layer, with norms on its queries and keys where the model has them."""
+    """Causal attention of a layer, with norms on its queries and keys where the model has them.
+
+    Attributes:
+        size: Of a head.
+        scale: What scores are multiplied by.
+        heads: Number of queries of a token.
+        groups: Number of queries that share a key.
+        factor: Of the norms of queries and keys, [queries and keys, size].
+    """
 
     def __init__(self, tensors: _Tensors, path: str, config: Config, layer: int) -> None:
         super().__init__()
@@ -278,47 +244,52 @@ class Attention(nn.Module):
         self.k_proj = tensors.linear(f"{path}.k_proj")
         self.v_proj = tensors.linear(f"{path}.v_proj")
         self.o_proj = tensors.linear(f"{path}.o_proj")
-        self._size, self._scale, self._layer, self._eps = config.head_dim, config.scale, layer, config.rms_norm_eps
-        self._heads = self.q_proj.out_features // self._size
-        self._groups = self._heads // (self.k_proj.out_features // self._size)
+        self.size, self.scale, self._layer, self.eps = config.head_dim, config.scale, layer, config.rms_norm_eps
+        self.heads = self.q_proj.out_features // self.size
+        self.groups = self.heads // (self.k_proj.out_features // self.size)
         q_weight, k_weight = tensors.find(f"{path}.q_norm.weight"), tensors.find(f"{path}.k_norm.weight")
-        self._factor: Tensor | None = None
+        self.factor: Tensor | None = None
         if q_weight is not None and k_weight is not None:
             self.q_norm, self.k_norm = RMSNorm(q_weight, config), RMSNorm(k_weight, config)
-            queries = self.q_norm.factor.expand(self._heads, -1)
-            self._factor = torch.cat((queries, self.k_norm.factor.expand(self._heads // self._groups, -1)))
+            queries = self.q_norm.factor.expand(self.heads, -1)
+            self.factor = torch.cat((queries, self.k_norm.factor.expand(self.heads // self.groups, -1)))
 
-    def forward(self, x: Tensor, turns: _Turns, mask: Tensor | None, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, turns: Turns, mask: Tensor | None, cache: Cache | None) -> Tensor:
         """Return what each token gathers, [rows, width, size]; without a mask it looks at all before it."""
-        heads = (*x.shape[:2], -1, self._size)
+        heads = (*x.shape[:2], -1, self.size)
         # Together: as many operations for queries and keys as for one of them.
         both = torch.cat((self.q_proj(x), self.k_proj(x)), -1).view(heads)
-        turned: Tensor = _Turn.apply(both, *turns, self._factor, self._eps)  # type: ignore[no-untyped-call]
-        turned = turned.transpose(1, 2)
-        query, key = turned[:, : self._heads], turned[:, self._heads :]
+        scaled = both if self.factor is None else normalise(both, self.eps)[0].mul_(self.factor)
+        turned = turn(scaled, *turns).to(x.dtype).transpose(1, 2)
+        query, key = turned[:, : self.heads], turned[:, self.heads :]
         value = self.v_proj(x).view(heads).transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, self._layer)
-        shared = self._groups > 1
+        shared = self.groups > 1
         if shared and mask is not None and mask.device.type != "cpu":
             # With a mask and shared heads other devices take a slow way.
-            key, value = (states.repeat_interleave(self._groups, 1) for states in (key, value))
+            key, value = (states.repeat_interleave(self.groups, 1) for states in (key, value))
             shared = False
         gathered = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self._scale, enable_gqa=shared
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=shared
         )
         return self.o_proj(gathered.transpose(1, 2).reshape(*x.shape[:2], -1))  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
-    """A layer's gated products."""
+    """A layer's gated products.
+
+    Attributes:
+        kind: Of the activation.
+    """
 
     def __init__(self, tensors: _Tensors, path: str, config: Config) -> None:
         super().__init__()
         self.gate_proj = tensors.linear(f"{path}.gate_proj")
         self.up_proj = tensors.linear(f"{path}.up_proj")
         self.down_proj = tensors.linear(f"{path}.down_proj")
-        self._activation = _ACTIVATIONS[config.activation]
+        self.kind = config.activation
+        self._activation = _ACTIVATIONS[self.kind]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output, of x's shape."""
@@ -343,14 +314,19 @@ class Layer(nn.Module):
             if weight is not None:
                 self.add_module(f"{name}_layernorm", RMSNorm(weight, config))
         norms = dict(self.named_children())
-        self._around = "pre_feedforward_layernorm" in norms
-        if len(norms) != (6 if self._around else 4):
+        self.around = "pre_feedforward_layernorm" in norms
+        if len(norms) != (6 if self.around else 4):
             raise _Unsupported("norms")
 
-    def forward(self, x: Tensor, turns: _Turns, mask: Tensor | None, cache: Cache | None) -> Tensor:
+    def linear(self, path: str) -> nn.Linear:
+        """Return one of the layer's linear layers, such as `mlp.up_proj`."""
+        found: nn.Linear = self.get_submodule(path)  # type: ignore[assignment]
+        return found
+
+    def forward(self, x: Tensor, turns: Turns, mask: Tensor | None, cache: Cache | None) -> Tensor:
         """Return the layer's output, of x's shape."""
         gathered = self.self_attn(self.input_layernorm(x), turns, mask, cache)
-        if self._around:
+        if self.around:
             x = x + self.post_attention_layernorm(gathered)
             return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))  # type: ignore[no-any-return]
         x = x + gathered
@@ -362,7 +338,7 @@ class Body(nn.Module):
 
     def __init__(self, tensors: _Tensors, config: Config) -> None:
         super().__init__()
-        self._config = config
+        self.config = config
         words = tensors.take("model.embed_tokens.weight")
         self.embed_tokens = nn.Embedding(words.shape[0], words.shape[1], _weight=words, _freeze=True)
         self.layers = nn.ModuleList(
@@ -392,24 +368,39 @@ class Body(nn.Module):
         width = input_ids.shape[1]
         if position_ids is None:
             position_ids = torch.arange(width, device=input_ids.device)[None]
-        x = self.embed_tokens(input_ids)
-        if self._config.embedding_scale is not None:
-            # Rounded to the model's precision, as it was in training: 25.25 for the square root of 640.
-            x = x * torch.tensor(self._config.embedding_scale, dtype=x.dtype, device=x.device)
-        size = self._config.head_dim
-        turns = {kind: _turns(position_ids, rope, size) for kind, rope in self._config.ropes.items()}
+        x = self.embed(input_ids)
+        turns = self.turns(position_ids)
         if attention_mask is None:
             masks = {kind: self._window_mask(kind, width, x) for kind in turns}
         elif isinstance(attention_mask, Tensor):
             masks = dict.fromkeys(turns, attention_mask)
         else:
             masks = {**attention_mask}
-        for layer, kind in zip(self.layers, self._config.layer_types, strict=True):
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             x = layer(x, turns[kind], masks[kind], past_key_values if use_cache else None)
         return Output(self.norm(x))
 
+    @property
+    def decoder_layers(self) -> Iterator[Layer]:
+        """The layers, by their type."""
+        for layer in self.layers:
+            assert isinstance(layer, Layer)  # noqa: S101
+            yield layer
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return what the first layer takes."""
+        x: Tensor = self.embed_tokens(ids)
+        if self.config.embedding_scale is None:
+            return x
+        # Rounded to the model's precision, as it was in training: 25.25 for the square root of 640.
+        return x * torch.tensor(self.config.embedding_scale, dtype=x.dtype, device=x.device)
+
+    def turns(self, positions: Tensor) -> dict[str, Turns]:
+        """Return, by layer type, how positions turn queries and keys."""
+        return {kind: _turns(positions, rope, self.config.head_dim) for kind, rope in self.config.ropes.items()}
+
     def _window_mask(self, kind: str, width: int, like: Tensor) -> Tensor | None:
-        window = self._config.sliding_window
+        window = self.config.sliding_window
         if kind != SLIDING or window is None or width <= window:
             return None
         places = torch.arange(width, device=like.device)

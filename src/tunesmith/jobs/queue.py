@@ -5,25 +5,31 @@ but a query: running, and its lease has run out. What a worker writes carries it
 has claimed the job, the first one's writes are refused.
 
 Accounts take turns: the next job is of the account that has the fewest running, among these of the one that had
-its turn the longest ago, and is its oldest. A job that was begun goes on before all that were not.
+its turn the longest ago, and is its oldest. A job that was begun goes on before all that were not. One that is
+paused is queued too, or stalled, and passed over.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from sqlalchemy import Select, and_, case, delete, func, or_, select, update
+from sqlalchemy import Select, and_, case, delete, func, not_, or_, select, update
 from sqlalchemy.orm import Session
 
 from tunesmith import protos
 from tunesmith.errors import ApiError, Cancelled, FailedPrecondition, ResourceExhausted
+from tunesmith.jobs import places
+from tunesmith.store import events
 from tunesmith.store.database import Database
 from tunesmith.store.snapshots import add_snapshots
-from tunesmith.store.tables import Account, Job, Snapshot, TunedModel
-from tunesmith.store.times import now, now_in_microseconds
+from tunesmith.store.tables import Account, Job, Report, Snapshot, TunedModel
+from tunesmith.store.times import now, now_in_microseconds, to_timestamp
+from tunesmith.training.hyperparameters import Options
 
 MOST_FRUITLESS_ATTEMPTS = 3
+RELEASED = 0.0
+"""When a lease ends of which is known that nobody holds it."""
 FULL_SECONDS = 30.0
 """When to try again with one job too many: jobs take from seconds to hours."""
 
@@ -41,6 +47,7 @@ class Claim:
         recorded_steps: The steps that earlier attempts finished.
         start: Path of the adapter that training starts from; None to start from the base model alone.
         checkpoint: Path of the newest checkpoint in the artifact store.
+        options: How it is tuned beyond the hyperparameters; None for a job from before there were any.
     """
 
     job: str
@@ -55,6 +62,15 @@ class Claim:
     start: str | None
     checkpoint: str | None
     cancelled: bool
+    options: protos.TuningOptions | None
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What was asked of a job while a worker is at it: its end, or a rest."""
+
+    cancelled: bool
+    paused: bool
 
 
 class JobQueue:
@@ -74,9 +90,13 @@ class JobQueue:
             if job_id is None:
                 return None
             job = session.get_one(Job, job_id)
+            if job.paused:
+                _park(session, job)
+                return None
             if job.fruitless_attempts >= MOST_FRUITLESS_ATTEMPTS:
                 _end(session, job, error=_gave_up(job))
                 return None
+            started = protos.TuningEvent.Started(interruption=_interruption(session, job))
             job.state = "running"
             job.worker = worker
             job.lease_until = time.time() + self.lease_seconds
@@ -88,6 +108,8 @@ class JobQueue:
             if not message.tuning_task.HasField("start_time"):
                 message.tuning_task.start_time.CopyFrom(now())
                 model.message = message.SerializeToString()
+            started.attempt, started.total_steps = job.attempt, job.total_steps
+            events.tell(session, job.id, protos.TuningEvent(started=started))
             recorded = session.scalar(select(func.max(Snapshot.step)).where(Snapshot.job == job.id))
             return Claim(
                 job=job.id,
@@ -102,35 +124,73 @@ class JobQueue:
                 start=job.start,
                 checkpoint=job.checkpoint,
                 cancelled=job.cancelled,
+                options=None if job.options is None else protos.TuningOptions.FromString(job.options),
             )
 
-    def renew(self, claim: Claim) -> bool:
-        """Prolong the lease; return whether the job has been cancelled.
+    def renew(self, claim: Claim) -> Wishes:
+        """Prolong the lease; return what was asked meanwhile.
 
         Raises:
             LeaseLost: The claim no longer holds. So do all methods below that take a claim.
         """
         with self._held(claim) as (_, job):
             job.lease_until = time.time() + self.lease_seconds
-            return job.cancelled
+            return Wishes(job.cancelled, job.paused)
 
-    def record(self, claim: Claim, step: int, epoch: int, mean_loss: float) -> None:
-        """Store a finished step; one that an earlier attempt stored is replaced."""
+    def describe(self, claim: Claim, recipe: protos.TuningRecipe, warnings: Iterable[protos.DataWarning]) -> None:
+        """Store how the job is trained, and what is worth a look in its rows; the first attempt's word stays."""
+        with self._held(claim) as (session, job):
+            if session.get(Report, job.id) is None:
+                message = protos.TuningReport(recipe=recipe).SerializeToString()
+                session.add(Report(job=job.id, message=message))
+                for warning in warnings:
+                    events.tell(session, job.id, protos.TuningEvent(warning=warning))
+
+    def record(self, claim: Claim, step: protos.TuningStep) -> Wishes:
+        """Store a finished step, replacing what an earlier attempt stored of it; return what was asked for."""
         with self._held(claim) as (session, job):
             job.fruitless_attempts = 0
+            time_ns = time.time_ns()
             session.merge(
-                Snapshot(job=job.id, step=step, epoch=epoch, mean_loss=mean_loss, compute_time_ns=time.time_ns())
+                Snapshot(
+                    job=job.id,
+                    step=step.step,
+                    epoch=step.epoch,
+                    mean_loss=step.mean_loss,
+                    compute_time_ns=time_ns,
+                )
             )
+            events.tell(session, job.id, protos.TuningEvent(step=step, time=to_timestamp(time_ns)))
+            return Wishes(job.cancelled, job.paused)
 
-    def checkpointed(self, claim: Claim, path: str) -> None:
-        """Note the newest checkpoint."""
-        with self._held(claim) as (_, job):
-            job.checkpoint = path
-
-    def finish(self, claim: Claim, adapter: str, error: ApiError | None = None) -> None:
-        """End the job with an adapter; with an error when it was cancelled on the way."""
+    def validated(self, claim: Claim, validation: protos.TuningValidation) -> None:
+        """Store a validation."""
         with self._held(claim) as (session, job):
-            _end(session, job, adapter=adapter, error=error)
+            events.tell(session, job.id, protos.TuningEvent(validation=validation))
+
+    def checkpointed(self, claim: Claim, path: str, step: int) -> None:
+        """Note the newest checkpoint, made after a step."""
+        with self._held(claim) as (session, job):
+            job.checkpoint = path
+            events.tell(session, job.id, protos.TuningEvent(checkpoint=protos.TuningEvent.Checkpoint(step=step)))
+
+    def finish(
+        self, claim: Claim, adapter: str, error: ApiError | None = None, stopped_at: int | None = None
+    ) -> None:
+        """End the job with an adapter.
+
+        Args:
+            claim: The claim.
+            adapter: Its path in the artifact store.
+            error: Says that it was cancelled on the way.
+            stopped_at: The step after which training ended before its last, by itself unless there is an error.
+        """
+        with self._held(claim) as (session, job):
+            reason = ""
+            if stopped_at is not None and error is None:
+                reason = f"Training ended after step {stopped_at} of {job.total_steps}: validation got no better."
+                job.total_steps = stopped_at
+            _end(session, job, adapter=adapter, error=error, reason=reason)
 
     def fail(self, claim: Claim, error: ApiError) -> None:
         """End the job without an adapter."""
@@ -138,16 +198,16 @@ class JobQueue:
             _end(session, job, error=error)
 
     def put_back(self, claim: Claim) -> None:
-        """Give an unfinished job back: any worker may take it at once, and the attempt does not count."""
-        with self._held(claim) as (_, job):
-            job.state, job.lease_until, job.worker = "queued", None, None
+        """Give an unfinished job back: any worker may take it unless it is to rest; the attempt does not count."""
+        with self._held(claim) as (session, job):
             job.fruitless_attempts = max(0, job.fruitless_attempts - 1)
+            _park(session, job)
 
     def release(self, worker: str) -> None:
         """End the leases of a worker that is known to be dead."""
         with self.database.write() as session:
             session.execute(
-                update(Job).where(Job.worker == worker, Job.state == "running").values(lease_until=0.0)
+                update(Job).where(Job.worker == worker, Job.state == "running").values(lease_until=RELEASED)
             )
 
     @contextmanager
@@ -164,13 +224,64 @@ class JobQueue:
             yield session, job
 
 
+def training_options(given: protos.TuningOptions | None) -> Options:
+    """Return options as training takes them; those of a job from before there were any validate nothing."""
+    if given is None:
+        return Options(validation_fraction=0.0)
+    return Options(
+        given.validation_fraction if given.HasField("validation_fraction") else None,
+        given.patience,
+        "last" if given.keep == protos.TuningOptions.LAST else "best",
+    )
+
+
+def enqueue(session: Session, job: Job, warnings: Iterable[protos.DataWarning] = ()) -> None:
+    """Add a job, and tell of its place and of what is worth a look in its training data."""
+    session.add(job)
+    session.flush()
+    place = places.places(session)[job.id]
+    queued = protos.TuningEvent.Queued(position=place.position, eta_seconds=place.eta_seconds)
+    events.tell(session, job.id, protos.TuningEvent(queued=queued))
+    for warning in warnings:
+        events.tell(session, job.id, protos.TuningEvent(warning=warning))
+
+
 def cancel(session: Session, job: Job) -> None:
-    """Ask for a job's end; one that no worker has begun ends at once."""
+    """Ask for a job's end; one that no worker has begun ends at once, and rest is over."""
+    session.refresh(job, with_for_update=True)
     if job.state == "done":
         return
-    job.cancelled = True
+    job.cancelled, job.paused = True, False
     if job.state == "queued" and job.attempt == 0:
         _end(session, job, error=Cancelled("The operation was cancelled before tuning began."))
+
+
+def pause(session: Session, job: Job) -> None:
+    """Ask for a job's rest: a worker that is at it makes a checkpoint first. One that rests stays as it is.
+
+    Raises:
+        FailedPrecondition: It is done, or was cancelled.
+    """
+    session.refresh(job, with_for_update=True)
+    _refuse_when_over(job)
+    if not job.paused:
+        job.paused = True
+        if job.state == "queued":
+            _park(session, job)
+
+
+def resume(session: Session, job: Job) -> None:
+    """Put a job that rests back into the queue; one that does not stays as it is.
+
+    Raises:
+        FailedPrecondition: It is done, or was cancelled.
+    """
+    session.refresh(job, with_for_update=True)
+    _refuse_when_over(job)
+    if job.paused:
+        job.paused = False
+        if job.state == "queued":  # else its worker has not left it yet, and goes on
+            events.tell(session, job.id, protos.TuningEvent(resumed=protos.TuningEvent.Resumed()))
 
 
 def check_room(session: Session, account: str, most: int) -> None:
@@ -208,7 +319,7 @@ def _next() -> Select[str]:
         select(Job.id)
         .outerjoin(running, running.c.account == Job.account)
         .outerjoin(Account, Account.email == Job.account)
-        .where(or_(Job.state == "queued", stalled))
+        .where(or_(and_(Job.state == "queued", not_(Job.paused)), stalled))
         .order_by(
             case((Job.attempt > 0, 0), else_=1),
             func.coalesce(running.c.jobs, 0),
@@ -227,12 +338,41 @@ def _gave_up(job: Job) -> ApiError:
     )
 
 
+def _refuse_when_over(job: Job) -> None:
+    name = f"tunedModels/{job.tuned_model}"
+    if job.state == "done":
+        raise FailedPrecondition(f"The tuning of {name} is done: there is nothing to pause or to resume.")
+    if job.cancelled:
+        raise FailedPrecondition(f"The tuning of {name} was cancelled, and is about to end.")
+
+
+def _park(session: Session, job: Job) -> None:
+    """Let nobody hold a job any more; tell when it rests from now on."""
+    job.state, job.lease_until, job.worker = "queued", None, None
+    if job.paused:
+        last = events.last_step(session, job.id)
+        paused = protos.TuningEvent.Paused(completed_steps=last.step.step if last else 0)
+        events.tell(session, job.id, protos.TuningEvent(paused=paused))
+
+
+def _interruption(session: Session, job: Job) -> int:
+    """Return what ended the attempt before the one that begins now."""
+    started = protos.TuningEvent.Started
+    if job.state == "running":
+        return started.WORKER_ENDED if job.lease_until == RELEASED else started.WORKER_LOST
+    if job.attempt == 0:
+        return started.INTERRUPTION_UNSPECIFIED
+    return started.PAUSED if events.last_kind(session, job.id) == "resumed" else started.SERVER_STOPPED
+
+
 def _model(session: Session, job: Job) -> tuple[TunedModel, protos.TunedModel]:
     row = session.get_one(TunedModel, job.tuned_model)
     return row, protos.TunedModel.FromString(row.message)
 
 
-def _end(session: Session, job: Job, *, adapter: str | None = None, error: ApiError | None = None) -> None:
+def _end(
+    session: Session, job: Job, *, adapter: str | None = None, error: ApiError | None = None, reason: str = ""
+) -> None:
     """Bring job and model to their final state, in the caller's transaction."""
     job.state, job.worker, job.lease_until, job.checkpoint = "done", None, None, None
     job.error = error.to_status().SerializeToString() if error else None
@@ -243,3 +383,7 @@ def _end(session: Session, job: Job, *, adapter: str | None = None, error: ApiEr
     message.update_time.CopyFrom(now_in_microseconds())
     message.tuning_task.complete_time.CopyFrom(message.update_time)
     model.state, model.adapter, model.message = message.state, adapter, message.SerializeToString()
+    finished = protos.TuningEvent.Finished(state=message.state, reason=error.message if error else reason)
+    if snapshots := message.tuning_task.snapshots:
+        finished.completed_steps = snapshots[-1].step
+    events.tell(session, job.id, protos.TuningEvent(finished=finished, time=message.update_time))

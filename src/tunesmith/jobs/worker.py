@@ -3,8 +3,10 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Self
 
@@ -17,14 +19,16 @@ from tunesmith.base_models.device import pick_device
 from tunesmith.base_models.prompts import FORMATS
 from tunesmith.config import Settings
 from tunesmith.errors import ApiError, Cancelled, FailedPrecondition
-from tunesmith.jobs.queue import Claim, JobQueue, LeaseLost
+from tunesmith.jobs import queue
+from tunesmith.jobs.queue import Claim, JobQueue, LeaseLost, Wishes
 from tunesmith.store.artifacts import ArtifactStore
 from tunesmith.store.sweep import sweep_model
-from tunesmith.training import examples
+from tunesmith.training import checks, examples, split
 from tunesmith.training.examples import Row
-from tunesmith.training.loop import Base, TuningRun
+from tunesmith.training.loop import Base, Step, TuningRun, Validation
 
 POLL_SECONDS = 0.2
+PACE_STEPS = 20  # of which the mean says how long the rest will take
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +39,13 @@ class Lease:
     Attributes:
         lost: Set when the job belongs to somebody else, or when renewing failed: stop at once.
         cancelled: Set when the caller asked for the job's end.
+        paused: Set while the caller wants the job to rest.
     """
 
     def __init__(self, queue: JobQueue, claim: Claim) -> None:
         self._queue, self._claim = queue, claim
         self.lost, self.cancelled, self._done = threading.Event(), threading.Event(), threading.Event()
+        self.paused = threading.Event()
         if claim.cancelled:
             self.cancelled.set()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -52,16 +58,52 @@ class Lease:
         self._done.set()
         self._thread.join()
 
+    def heed(self, wishes: Wishes) -> None:
+        """Take note of what was asked."""
+        if wishes.cancelled:
+            self.cancelled.set()
+        if wishes.paused:
+            self.paused.set()
+        else:
+            self.paused.clear()
+
     def _renew(self) -> None:
         try:
             while not self._done.wait(self._queue.lease_seconds / 5):
-                if self._queue.renew(self._claim):
-                    self.cancelled.set()
+                self.heed(self._queue.renew(self._claim))
         except LeaseLost:
             pass  # the trainer sees it below
         finally:
             if not self._done.is_set():
                 self.lost.set()  # also when the database cannot be reached: another worker may take over
+
+
+class Pace:
+    """How fast the last steps went.
+
+    Args:
+        total_steps: Steps in all.
+    """
+
+    def __init__(self, total_steps: int) -> None:
+        self._total_steps = total_steps
+        self._seconds = deque[float](maxlen=PACE_STEPS)
+
+    def message(self, step: Step) -> protos.TuningStep:
+        """Return a step as it is told."""
+        self._seconds.append(step.seconds)
+        left = max(0, self._total_steps - step.step)
+        return protos.TuningStep(
+            step=step.step,
+            epoch=step.epoch,
+            mean_loss=step.mean_loss,
+            learning_rate=step.learning_rate,
+            gradient_norm=step.gradient_norm,
+            tokens=step.tokens,
+            seconds=step.seconds,
+            tokens_per_second=step.tokens / step.seconds,
+            eta_seconds=left * sum(self._seconds) / len(self._seconds),
+        )
 
 
 class Worker:
@@ -150,32 +192,46 @@ class Worker:
         model = self._catalog.get(f"models/{claim.base}")
         base = self._load(model)
         start = self._start(claim, base)
-        rows = examples.tokenize(
-            claim.training_data.examples,
-            FORMATS[model.prompt_format],
-            base.tokenizer,
-            model.tuning_token_limit,
-        )
+        form, limit = FORMATS[model.prompt_format], model.tuning_token_limit
+        rows = examples.tokenize(claim.training_data.examples, form, base.tokenizer, limit)
+        options = queue.training_options(claim.options)
+        held_out = split.held_out(claim.training_data.examples, options, claim.seed)
+        warnings = checks.of_rows(rows, form, base.tokenizer, limit, held_out)
         self._training.set()
-        with TuningRun(base, rows, claim.hyperparameters, claim.seed, start=start) as run:
+        with TuningRun(
+            base, rows, claim.hyperparameters, claim.seed, start=start, options=options, held_out=held_out
+        ) as run:
             if claim.checkpoint:
                 run.restore(self._artifacts.read(claim.checkpoint))
-            checkpointed = time.monotonic()
-            for step in run:
-                if lease.lost.is_set():
-                    raise LeaseLost(f"{self._name} could not renew its lease on job {claim.job}")
-                self._queue.record(claim, step.step, step.epoch, step.mean_loss)
-                # Steps that an earlier attempt finished are done again even after a cancel: they were reported.
-                if lease.cancelled.is_set() and run.step >= claim.recorded_steps:
-                    break
-                if stop.is_set():
-                    self._checkpoint(claim, run)
-                    self._queue.put_back(claim)
-                    return
-                if time.monotonic() - checkpointed >= self._settings.checkpoint_seconds:
-                    self._checkpoint(claim, run)
-                    checkpointed = time.monotonic()
-            self._publish(claim, run)
+            self._queue.describe(claim, _recipe(claim, base, run, len(rows), held_out), _messages(warnings))
+            if self._to_the_end(claim, lease, stop, run):
+                self._publish(claim, run)
+
+    def _to_the_end(self, claim: Claim, lease: Lease, stop: threading.Event, run: TuningRun) -> bool:
+        """Train; return whether for good, or whether the job was put back before its end."""
+        if lease.cancelled.is_set() and run.step >= claim.recorded_steps:  # while it rested
+            run.settle()
+            return True
+        pace, checkpointed = Pace(run.total_steps), time.monotonic()
+        for told in run:
+            if lease.lost.is_set():
+                raise LeaseLost(f"{self._name} could not renew its lease on job {claim.job}")
+            if isinstance(told, Validation):
+                self._queue.validated(claim, protos.TuningValidation(**asdict(told)))
+                continue
+            lease.heed(self._queue.record(claim, pace.message(told)))
+            # Steps that an earlier attempt finished are done again even after a cancel: they were reported.
+            if lease.cancelled.is_set() and run.step >= claim.recorded_steps:
+                run.settle()
+                return True
+            if (stop.is_set() or lease.paused.is_set()) and not run.finished:
+                self._checkpoint(claim, run)
+                self._queue.put_back(claim)
+                return False
+            if time.monotonic() - checkpointed >= self._settings.checkpoint_seconds:
+                self._checkpoint(claim, run)
+                checkpointed = time.monotonic()
+        return True
 
     def _start(self, claim: Claim, base: Base) -> dict[str, bytes] | None:
         """Return the files of the adapter that a job starts from.
@@ -200,19 +256,22 @@ class Worker:
             sweep_model(self._queue.database, self._artifacts, claim.start.split("/")[1])
 
     def _checkpoint(self, claim: Claim, run: TuningRun) -> None:
-        if run.step < run.total_steps:
+        if not run.finished:
             about = {"kind": "checkpoint", "step": run.step}
-            name = f"checkpoint-{claim.attempt}-{run.step}"
-            self._store(claim, name, run.checkpoint(), about, self._queue.checkpointed)
+            name, note = f"checkpoint-{claim.attempt}-{run.step}", partial(self._queue.checkpointed, step=run.step)
+            self._store(claim, name, run.checkpoint(), about, note)
 
     def _publish(self, claim: Claim, run: TuningRun) -> None:
-        error = None
-        if run.step < run.total_steps:
+        error, stopped_at = None, run.step if run.step < run.total_steps else None
+        if not run.finished:
             error = Cancelled(
                 f"The operation was cancelled after step {run.step} of {run.total_steps}. The model is usable "
                 "with the weights it had then, but unpredictable; delete it when you do not need it."
             )
-        files, finish = run.adapter.to_files(claim.base), partial(self._queue.finish, error=error)
+        files, finish = (
+            run.adapter.to_files(claim.base),
+            partial(self._queue.finish, error=error, stopped_at=stopped_at),
+        )
         about = {**run.manifest(), "started_from": claim.start}
         self._store(claim, f"adapter-{claim.attempt}", files, about, finish)
         self._release(claim)
@@ -241,3 +300,25 @@ class Worker:
 
 def _folder(claim: Claim) -> str:
     return f"tunedModels/{claim.tuned_model}/{claim.job}"
+
+
+def _recipe(claim: Claim, base: Base, run: TuningRun, rows: int, held_out: Sequence[int]) -> protos.TuningRecipe:
+    """Return how a job is trained, as it is told."""
+    weights, others = base.weights, asdict(run.recipe)
+    return protos.TuningRecipe(
+        rank=others.pop("rank"),
+        alpha=others.pop("alpha"),
+        layers=sorted({path.rpartition(".")[2] for path in run.adapter.layers}),
+        prompt_format=weights.model.prompt_format,
+        seed=claim.seed,
+        base_model=f"models/{weights.model.id}",
+        weights_sha256=weights.sha256,
+        hyperparameters=claim.hyperparameters,
+        training_rows=rows - len(held_out),
+        held_out_rows=held_out,
+        others={name: str(value) for name, value in others.items()},
+    )
+
+
+def _messages(warnings: Sequence[checks.DataWarning]) -> list[protos.DataWarning]:
+    return [protos.DataWarning(**asdict(warning)) for warning in warnings]

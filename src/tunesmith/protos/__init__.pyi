@@ -22,6 +22,7 @@ POOL: DescriptorPool
 SERVICES: Mapping[str, ServiceDescriptor]
 def message_class(descriptor: Descriptor) -> type[_Message]: ...
 def extension(descriptor: typing.Any, name: str) -> typing.Any: ...
+def comment(full_name: str) -> str: ...
 
 class Model(_Message):
     name: str
@@ -1975,3 +1976,223 @@ class Code:
     INTERNAL: ClassVar[int]
     UNAVAILABLE: ClassVar[int]
     DATA_LOSS: ClassVar[int]
+class HttpBody(_Message):
+    content_type: str
+    data: bytes
+    @property
+    def extensions(self) -> RepeatedCompositeFieldContainer[Any]: ...
+    def __init__(self, *, content_type: str | None = ..., data: bytes | None = ..., extensions: Iterable[Any] | None = ...) -> None: ...
+class TuneModelRequest(_Message):
+    @property
+    def tuned_model(self) -> TunedModel: ...
+    tuned_model_id: str
+    @property
+    def options(self) -> TuningOptions: ...
+    def __init__(self, *, tuned_model: TunedModel | None = ..., tuned_model_id: str | None = ..., options: TuningOptions | None = ...) -> None: ...
+class TuningOptions(_Message):
+    class Keep:
+        @classmethod
+        def Name(cls, number: int) -> str: ...
+        @classmethod
+        def Value(cls, name: str) -> int: ...
+        KEEP_UNSPECIFIED: ClassVar[int]
+        BEST: ClassVar[int]
+        LAST: ClassVar[int]
+    KEEP_UNSPECIFIED: ClassVar[int]
+    BEST: ClassVar[int]
+    LAST: ClassVar[int]
+    validation_fraction: float
+    patience: int
+    keep: int
+    seed: int
+    def __init__(self, *, validation_fraction: float | None = ..., patience: int | None = ..., keep: int | None = ..., seed: int | None = ...) -> None: ...
+class DataWarning(_Message):
+    kind: str
+    @property
+    def rows(self) -> RepeatedScalarFieldContainer[int]: ...
+    message: str
+    def __init__(self, *, kind: str | None = ..., rows: Iterable[int] | None = ..., message: str | None = ...) -> None: ...
+class WatchTuningRequest(_Message):
+    name: str
+    after_event: int
+    def __init__(self, *, name: str | None = ..., after_event: int | None = ...) -> None: ...
+class TuningEvent(_Message):
+    class Queued(_Message):
+        position: int
+        eta_seconds: float
+        def __init__(self, *, position: int | None = ..., eta_seconds: float | None = ...) -> None: ...
+    class Started(_Message):
+        class Interruption:
+            @classmethod
+            def Name(cls, number: int) -> str: ...
+            @classmethod
+            def Value(cls, name: str) -> int: ...
+            INTERRUPTION_UNSPECIFIED: ClassVar[int]
+            WORKER_ENDED: ClassVar[int]
+            WORKER_LOST: ClassVar[int]
+            SERVER_STOPPED: ClassVar[int]
+            PAUSED: ClassVar[int]
+        INTERRUPTION_UNSPECIFIED: ClassVar[int]
+        WORKER_ENDED: ClassVar[int]
+        WORKER_LOST: ClassVar[int]
+        SERVER_STOPPED: ClassVar[int]
+        PAUSED: ClassVar[int]
+        attempt: int
+        interruption: int
+        total_steps: int
+        def __init__(self, *, attempt: int | None = ..., interruption: int | None = ..., total_steps: int | None = ...) -> None: ...
+    class Checkpoint(_Message):
+        step: int
+        def __init__(self, *, step: int | None = ...) -> None: ...
+    class Paused(_Message):
+        completed_steps: int
+        def __init__(self, *, completed_steps: int | None = ...) -> None: ...
+    class Resumed(_Message):
+        def __init__(self) -> None: ...
+    class Finished(_Message):
+        state: int
+        reason: str
+        completed_steps: int
+        def __init__(self, *, state: int | None = ..., reason: str | None = ..., completed_steps: int | None = ...) -> None: ...
+    event_id: int
+    @property
+    def time(self) -> Timestamp: ...
+    @property
+    def queued(self) -> TuningEvent.Queued: ...
+    @property
+    def started(self) -> TuningEvent.Started: ...
+    @property
+    def step(self) -> TuningStep: ...
+    @property
+    def validation(self) -> TuningValidation: ...
+    @property
+    def warning(self) -> DataWarning: ...
+    @property
+    def checkpoint(self) -> TuningEvent.Checkpoint: ...
+    @property
+    def paused(self) -> TuningEvent.Paused: ...
+    @property
+    def resumed(self) -> TuningEvent.Resumed: ...
+    @property
+    def finished(self) -> TuningEvent.Finished: ...
+    def __init__(self, *, event_id: int | None = ..., time: Timestamp | None = ..., queued: TuningEvent.Queued | None = ..., started: TuningEvent.Started | None = ..., step: TuningStep | None = ..., validation: TuningValidation | None = ..., warning: DataWarning | None = ..., checkpoint: TuningEvent.Checkpoint | None = ..., paused: TuningEvent.Paused | None = ..., resumed: TuningEvent.Resumed | None = ..., finished: TuningEvent.Finished | None = ...) -> None: ...
+class TuningStep(_Message):
+    step: int
+    epoch: int
+    mean_loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    eta_seconds: float
+    @property
+    def time(self) -> Timestamp: ...
+    def __init__(self, *, step: int | None = ..., epoch: int | None = ..., mean_loss: float | None = ..., learning_rate: float | None = ..., gradient_norm: float | None = ..., tokens: int | None = ..., seconds: float | None = ..., tokens_per_second: float | None = ..., eta_seconds: float | None = ..., time: Timestamp | None = ...) -> None: ...
+class TuningValidation(_Message):
+    step: int
+    epoch: int
+    loss: float
+    token_accuracy: float
+    exact_match: float
+    best: bool
+    @property
+    def time(self) -> Timestamp: ...
+    def __init__(self, *, step: int | None = ..., epoch: int | None = ..., loss: float | None = ..., token_accuracy: float | None = ..., exact_match: float | None = ..., best: bool | None = ..., time: Timestamp | None = ...) -> None: ...
+class GetTuningReportRequest(_Message):
+    name: str
+    def __init__(self, *, name: str | None = ...) -> None: ...
+class TuningReport(_Message):
+    name: str
+    @property
+    def status(self) -> TuningStatus: ...
+    @property
+    def options(self) -> TuningOptions: ...
+    @property
+    def warnings(self) -> RepeatedCompositeFieldContainer[DataWarning]: ...
+    @property
+    def steps(self) -> RepeatedCompositeFieldContainer[TuningStep]: ...
+    @property
+    def validations(self) -> RepeatedCompositeFieldContainer[TuningValidation]: ...
+    @property
+    def final_validation(self) -> TuningValidation: ...
+    @property
+    def recipe(self) -> TuningRecipe: ...
+    @property
+    def timings(self) -> TuningTimings: ...
+    @property
+    def samples(self) -> RepeatedCompositeFieldContainer[SamplePrediction]: ...
+    reason: str
+    def __init__(self, *, name: str | None = ..., status: TuningStatus | None = ..., options: TuningOptions | None = ..., warnings: Iterable[DataWarning] | None = ..., steps: Iterable[TuningStep] | None = ..., validations: Iterable[TuningValidation] | None = ..., final_validation: TuningValidation | None = ..., recipe: TuningRecipe | None = ..., timings: TuningTimings | None = ..., samples: Iterable[SamplePrediction] | None = ..., reason: str | None = ...) -> None: ...
+class TuningRecipe(_Message):
+    rank: int
+    alpha: float
+    @property
+    def layers(self) -> RepeatedScalarFieldContainer[str]: ...
+    prompt_format: str
+    seed: int
+    base_model: str
+    weights_sha256: str
+    @property
+    def hyperparameters(self) -> Hyperparameters: ...
+    training_rows: int
+    @property
+    def held_out_rows(self) -> RepeatedScalarFieldContainer[int]: ...
+    @property
+    def others(self) -> MutableMapping[str, str]: ...
+    def __init__(self, *, rank: int | None = ..., alpha: float | None = ..., layers: Iterable[str] | None = ..., prompt_format: str | None = ..., seed: int | None = ..., base_model: str | None = ..., weights_sha256: str | None = ..., hyperparameters: Hyperparameters | None = ..., training_rows: int | None = ..., held_out_rows: Iterable[int] | None = ..., others: Mapping[str, str] | None = ...) -> None: ...
+class TuningTimings(_Message):
+    queued_seconds: float
+    training_seconds: float
+    tokens_per_second: float
+    attempts: int
+    interruptions: int
+    total_seconds: float
+    def __init__(self, *, queued_seconds: float | None = ..., training_seconds: float | None = ..., tokens_per_second: float | None = ..., attempts: int | None = ..., interruptions: int | None = ..., total_seconds: float | None = ...) -> None: ...
+class SamplePrediction(_Message):
+    row: int
+    held_out: bool
+    input: str
+    expected: str
+    base_answer: str
+    tuned_answer: str
+    def __init__(self, *, row: int | None = ..., held_out: bool | None = ..., input: str | None = ..., expected: str | None = ..., base_answer: str | None = ..., tuned_answer: str | None = ...) -> None: ...
+class PauseTuningRequest(_Message):
+    name: str
+    def __init__(self, *, name: str | None = ...) -> None: ...
+class ResumeTuningRequest(_Message):
+    name: str
+    def __init__(self, *, name: str | None = ...) -> None: ...
+class TuningStatus(_Message):
+    class State:
+        @classmethod
+        def Name(cls, number: int) -> str: ...
+        @classmethod
+        def Value(cls, name: str) -> int: ...
+        STATE_UNSPECIFIED: ClassVar[int]
+        QUEUED: ClassVar[int]
+        RUNNING: ClassVar[int]
+        PAUSING: ClassVar[int]
+        PAUSED: ClassVar[int]
+        DONE: ClassVar[int]
+    STATE_UNSPECIFIED: ClassVar[int]
+    QUEUED: ClassVar[int]
+    RUNNING: ClassVar[int]
+    PAUSING: ClassVar[int]
+    PAUSED: ClassVar[int]
+    DONE: ClassVar[int]
+    state: int
+    position: int
+    eta_seconds: float
+    completed_steps: int
+    total_steps: int
+    def __init__(self, *, state: int | None = ..., position: int | None = ..., eta_seconds: float | None = ..., completed_steps: int | None = ..., total_steps: int | None = ...) -> None: ...
+class ExportTunedModelRequest(_Message):
+    name: str
+    format: str
+    quantization: str
+    def __init__(self, *, name: str | None = ..., format: str | None = ..., quantization: str | None = ...) -> None: ...
+class Download(_Message):
+    filename: str
+    size: int
+    def __init__(self, *, filename: str | None = ..., size: int | None = ...) -> None: ...

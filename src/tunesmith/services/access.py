@@ -78,6 +78,13 @@ def role_of(session: Session, caller: Caller, model: TunedModel) -> int | None:
     return role
 
 
+def may_change(session: Session, caller: Caller, name: str) -> bool:
+    """Return whether the caller is a writer or the owner of a tuned model."""
+    row = session.scalars(_PLAIN, {"id": name.removeprefix("tunedModels/")}).first()
+    held = role_of(session, caller, row) if row is not None else None
+    return held is not None and held <= WRITER
+
+
 def names(caller: Caller) -> ColumnElement[bool]:
     """The permissions that mean the caller, as a user or in a group."""
     groups = select(GroupMember.group).where(GroupMember.account == caller.account)

@@ -12,8 +12,6 @@ from tunesmith.errors import FailedPrecondition, NotFound
 from tunesmith.services import access
 from tunesmith.store.tables import Job, TunedModel
 
-_MODEL = "CreateTunedModelRequest.tuned_model"
-
 
 @dataclass(frozen=True)
 class Source:
@@ -93,13 +91,13 @@ def adapter_of(session: Session, row: TunedModel) -> str:
     raise FailedPrecondition(f"Tuned model {name} is in state FAILED: {reason}")
 
 
-def violations(catalog: Catalog, model: protos.TunedModel) -> list[tuple[str, str]]:
+def violations(catalog: Catalog, model: protos.TunedModel, path: str) -> list[tuple[str, str]]:
     """Return what is wrong with how a create names its source, each with the path of its field."""
     parent = asked_parent(model)
     if parent is None and not model.base_model:
         tunable = ", ".join(f"models/{name}" for name in catalog.models)
-        return [(f"{_MODEL}.base_model", f"base_model is not specified; this server tunes {tunable}")]
+        return [(f"{path}.base_model", f"base_model is not specified; this server tunes {tunable}")]
     if parent is not None and not (parent.startswith("tunedModels/") and parent.count("/") == 1):
-        field = f"{_MODEL}.tuned_model_source.tuned_model"
+        field = f"{path}.tuned_model_source.tuned_model"
         return [(field, f"must look like tunedModels/{{id}}, not {parent!r}")]
     return []

@@ -1,48 +1,33 @@
 """ModelService: base models, and the tuned models made from them."""
 
 import re
-import secrets
-import string
-from collections.abc import Iterator
 
 from sqlalchemy import bindparam, delete, select, tuple_
-from sqlalchemy.exc import IntegrityError
 
 from tunesmith import protos
 from tunesmith.base_models.catalog import Catalog
 from tunesmith.caller import Caller
-from tunesmith.errors import AlreadyExists, InvalidArgument
-from tunesmith.jobs import queue
-from tunesmith.services import access, datasets, filter, lineage, paging
+from tunesmith.services import access, filter, paging
+from tunesmith.services.creation import Creation, field_violations, refuse
 from tunesmith.services.messages import tuned_model_message, tuned_model_messages
-from tunesmith.services.operations import operation_message
 from tunesmith.store import audit
 from tunesmith.store.artifacts import ArtifactStore
 from tunesmith.store.database import Database
 from tunesmith.store.sweep import sweep_model
 from tunesmith.store.tables import Job, TunedModel
 from tunesmith.store.times import now_in_microseconds
-from tunesmith.training import hyperparameters
 
-LONGEST_DISPLAY_NAME = 40
-MOST_VIOLATIONS = 50
 DEFAULT_MODELS_PAGE = 50
 DEFAULT_TUNED_MODELS_PAGE = 10
 MUTABLE = ("display_name", "description", "temperature", "top_p", "top_k", "reader_project_numbers")
-
-_ALPHABET = string.ascii_lowercase + string.digits
-_REQUEST = "CreateTunedModelRequest.tuned_model"
-_EXAMPLES = f"{_REQUEST}.tuning_task.training_data.examples.examples"
 
 
 class ModelService:
     """google.ai.generativelanguage.v1beta.ModelService."""
 
-    def __init__(
-        self, database: Database, artifacts: ArtifactStore, catalog: Catalog, seed: int, queued_jobs: int = 0
-    ) -> None:
+    def __init__(self, database: Database, artifacts: ArtifactStore, catalog: Catalog, creation: Creation) -> None:
         self._database, self._artifacts, self._catalog = database, artifacts, catalog
-        self._seed, self._queued_jobs = seed, queued_jobs
+        self._creation = creation
         self._tokens = paging.PageTokens(database)
 
     def get_model(self, request: protos.GetModelRequest, _caller: Caller) -> protos.Model:
@@ -64,44 +49,7 @@ class ModelService:
 
     def create_tuned_model(self, request: protos.CreateTunedModelRequest, caller: Caller) -> protos.Operation:
         """Accept a tuning job: the model, CREATING, and its job are written in one transaction."""
-        given = request.tuned_model
-        _refuse([*lineage.violations(self._catalog, given), *_violations(request)])
-        training_data = given.tuning_task.training_data.SerializeToString()
-        rows = datasets.count(given.tuning_task.training_data)
-        resolved = hyperparameters.resolve(given.tuning_task.hyperparameters, rows)
-        model_id = request.tuned_model_id or generate_id(given.display_name)
-        audit.note(f"tunedModels/{model_id}", f"from {lineage.asked_parent(given) or given.base_model}")
-        try:
-            with self._database.write() as session:
-                queue.check_room(session, caller.account, self._queued_jobs)
-                source = lineage.source(session, self._catalog, caller, given)
-                model = _new(given, f"tunedModels/{model_id}", source, resolved)
-                row = TunedModel(
-                    id=model_id,
-                    owner=caller.account,
-                    base=source.base.id,
-                    message=model.SerializeToString(),
-                    state=model.state,
-                    create_time=model.create_time.ToMicroseconds() / 1e6,
-                )
-                job = Job(
-                    id=_random(12),
-                    tuned_model=model_id,
-                    state="queued",
-                    training_data=training_data,
-                    seed=self._seed,
-                    total_steps=hyperparameters.total_steps(rows, resolved),
-                    create_time=row.create_time,
-                    start=source.adapter,
-                    account=caller.account,
-                )
-                session.add(row)
-                session.flush()
-                session.add(job)
-                session.flush()
-                return operation_message(session, job, row)
-        except IntegrityError:
-            raise AlreadyExists(f"Tuned model tunedModels/{model_id} already exists.") from None
+        return self._creation.create(request, caller)
 
     def get_tuned_model(self, request: protos.GetTunedModelRequest, caller: Caller) -> protos.TunedModel:
         """Return a tuned model."""
@@ -151,7 +99,7 @@ class ModelService:
                     setattr(message, field, getattr(given, field))
                 elif field in _PRESENCE:  # unset means the base model's
                     setattr(message, field, getattr(base, field))
-            _refuse(list(_field_violations(message, "UpdateTunedModelRequest.tuned_model")))
+            refuse(list(field_violations(message, "UpdateTunedModelRequest.tuned_model")))
             message.update_time.CopyFrom(now_in_microseconds())
             row.message = message.SerializeToString()
             return tuned_model_message(session, row)
@@ -177,83 +125,11 @@ _OWN_AND_DONE = select(TunedModel.message).where(
 _PRESENCE = frozenset(field.name for field in protos.TunedModel.DESCRIPTOR.fields if field.has_presence)
 
 
-def _new(
-    given: protos.TunedModel, name: str, source: lineage.Source, resolved: protos.Hyperparameters
-) -> protos.TunedModel:
-    """Return the message of a model that is to be tuned."""
-    model = protos.TunedModel()
-    model.CopyFrom(given)
-    # Without the training data, which is input only: it is kept with the job.
-    model.tuning_task.CopyFrom(protos.TuningTask(hyperparameters=resolved))
-    source.write(model)
-    model.name = name
-    model.state = protos.TunedModel.CREATING
-    model.create_time.CopyFrom(now_in_microseconds())
-    model.update_time.CopyFrom(model.create_time)
-    for field in ("temperature", "top_p", "top_k"):
-        if not model.HasField(field):
-            setattr(model, field, getattr(source.base, field))
-    return model
-
-
-def generate_id(display_name: str) -> str:
-    """Return a model id as Google makes them: the display name's words, then a random part."""
-    words = ("".join(re.findall("[a-z0-9]", word)) for word in display_name.lower().split())
-    slug = "-".join(word for word in words if word)
-    return f"{slug}-{_random(12)}" if slug else secrets.choice(string.ascii_lowercase) + _random(11)
-
-
-def _random(length: int) -> str:
-    return "".join(secrets.choice(_ALPHABET) for _ in range(length))
-
-
-def _refuse(violations: list[tuple[str, str]]) -> None:
-    if len(violations) > MOST_VIOLATIONS:
-        more = len(violations) - MOST_VIOLATIONS
-        violations = [*violations[:MOST_VIOLATIONS], (_EXAMPLES, f"… and {more} more of them")]
-    if violations:
-        raise InvalidArgument.at(violations)
-
-
-def _violations(request: protos.CreateTunedModelRequest) -> Iterator[tuple[str, str]]:
-    """Yield all that is wrong with a create, each with the path of its field."""
-    model = request.tuned_model
-    model_id = request.tuned_model_id
-    if model_id and not re.fullmatch("[a-z]([a-z0-9-]{0,38}[a-z0-9])?", model_id):
-        yield (
-            "CreateTunedModelRequest.tuned_model_id",
-            f"must be at most 40 of a-z, 0-9 and -, begin with a letter and not end with -, not {model_id!r}",
-        )
-    yield from _field_violations(model, _REQUEST)
-    for field, reason in hyperparameters.violations(model.tuning_task.hyperparameters):
-        yield f"{_REQUEST}.tuning_task.hyperparameters.{field}", reason
-    yield from datasets.violations(model.tuning_task.training_data, f"{_REQUEST}.tuning_task.training_data")
-
-
-def _field_violations(model: protos.TunedModel, path: str) -> Iterator[tuple[str, str]]:
-    """Yield what is wrong with the fields that can also be changed later."""
-    if len(model.display_name) > LONGEST_DISPLAY_NAME:
-        yield f"{path}.display_name", _too_long(model.display_name, LONGEST_DISPLAY_NAME)
-    if model.HasField("temperature") and not 0 <= model.temperature <= 2:
-        yield f"{path}.temperature", f"must be between 0 and 2, not {model.temperature:g}"
-    if model.HasField("top_p") and not 0 < model.top_p <= 1:
-        yield f"{path}.top_p", f"must be above 0 and at most 1, not {model.top_p:g}"
-    if model.HasField("top_k") and model.top_k < 1:
-        yield f"{path}.top_k", f"must be at least 1, not {model.top_k}"
-    for index, number in enumerate(model.reader_project_numbers):
-        if number < 1:
-            yield f"{path}.reader_project_numbers[{index}]", f"must be a project's number, not {number}"
-
-
 def _changed(fields: list[str], given: protos.TunedModel) -> str:
     """Return which fields an update changes, and with whom it shares the model."""
     numbers = ",".join(map(str, given.reader_project_numbers)) or "none"
     named = (f"{field}={numbers}" if field == "reader_project_numbers" else field for field in fields)
     return ", ".join(named)
-
-
-def _too_long(text: str, most: int) -> str:
-    return f"must be at most {most:,} characters long, not {len(text):,}"
 
 
 def _masked(mask: protos.FieldMask) -> list[str]:
@@ -265,7 +141,7 @@ def _masked(mask: protos.FieldMask) -> list[str]:
     if "*" in mask.paths:
         return list(MUTABLE)
     fields = [re.sub("[A-Z]", lambda capital: f"_{capital[0].lower()}", path) for path in mask.paths]
-    _refuse(
+    refuse(
         [
             ("UpdateTunedModelRequest.update_mask", f"{path!r} cannot be updated; {', '.join(MUTABLE)} can")
             for path, field in zip(mask.paths, fields, strict=True)

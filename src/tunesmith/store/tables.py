@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, LargeBinary, false
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, LargeBinary, UniqueConstraint, false
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, validates
 
 from tunesmith import protos
@@ -304,7 +304,7 @@ class Job(Table):
     tuned_model: Mapped[str] = mapped_column(ForeignKey("tuned_models.id", ondelete="CASCADE"), index=True)
     state: Mapped[str]
     """queued, running or done."""
-    training_data: Mapped[bytes]
+    training_data: Mapped[bytes] = mapped_column(deferred=True)  # megabytes, that only who trains needs
     seed: Mapped[int]
     total_steps: Mapped[int]
     create_time: Mapped[float]
@@ -324,6 +324,10 @@ class Job(Table):
     """The operation was deleted: nobody asks for its result any more."""
     account: Mapped[str] = mapped_column(default="", server_default="")
     """Who asked for it, and has a turn in the queue; the model may have been given away since."""
+    paused: Mapped[bool] = mapped_column(default=False, server_default=false())
+    """It rests, or will as soon as its worker hears of it: nobody may claim it."""
+    options: Mapped[bytes | None]
+    """TuningOptions as asked; None for a job from before there were any, which validates nothing."""
 
     __table_args__ = (
         Index("jobs_by_state", "state", "create_time"),
@@ -341,6 +345,37 @@ class Snapshot(Table):
     epoch: Mapped[int]
     mean_loss: Mapped[float]
     compute_time_ns: Mapped[int] = mapped_column(BigInteger)
+
+
+class Event(Table):
+    """Something that happened to a job, written with it; see `store/events.py`.
+
+    The constraint closes the race of two attempts that tell of one step.
+    """
+
+    __tablename__ = "events"
+
+    job: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    """From 1."""
+    kind: Mapped[str]
+    """The name of the message's case."""
+    step: Mapped[int | None]
+    """None for what belongs to no step."""
+    message: Mapped[bytes]
+    """TuningEvent, without its number."""
+
+    __table_args__ = (UniqueConstraint("job", "kind", "step", name="events_of_a_step"),)
+
+
+class Report(Table):
+    """What a job's report says that its events do not."""
+
+    __tablename__ = "reports"
+
+    job: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    message: Mapped[bytes]
+    """TuningReport with the recipe, and the samples once somebody asked for them."""
 
 
 class AuditRecord(Table):

@@ -1,7 +1,7 @@
-"""Examples to rows of tokens, and rows to batches."""
+"""Examples to rows of tokens."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
@@ -19,11 +19,15 @@ class Row:
         prompt: What comes before the last answer.
         output: The last answer.
         earlier: Where in the prompt the earlier answers of a conversation begin and end.
+        lost: Tokens that the limit took from the prompt.
+        lost_output: Tokens that it took from the end of the last answer.
     """
 
     prompt: list[int]
     output: list[int]
     earlier: tuple[tuple[int, int], ...] = ()
+    lost: int = field(default=0, compare=False)
+    lost_output: int = field(default=0, compare=False)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.output)
@@ -72,10 +76,12 @@ def _row(turns: Sequence[Turn], form: PromptFormat, tokenizer: Tokenizer, limit:
     *inputs, answer = turns[len(system) :]
     bare = form.opening(tokenizer)
     opening = form.opening(tokenizer, system[0].text) if system else bare
-    output = form.output(tokenizer, answer.text)[: limit - len(bare) - 1]
+    whole = form.output(tokenizer, answer.text)
+    output = whole[: limit - len(bare) - 1]
     room = limit - len(output)
     head = len(form.prompt(tokenizer, system))
     prompt, earlier = form.conversation(tokenizer, [*system, *inputs])
+    before = len(prompt)
     while earlier and len(prompt) > room:  # once, or again when tokens that span texts make the guess wrong
         ends = (end + len(form.between) - head for _, end in earlier)
         enough = (n for n, gone in enumerate(ends, 1) if len(prompt) - gone <= room)
@@ -86,7 +92,7 @@ def _row(turns: Sequence[Turn], form: PromptFormat, tokenizer: Tokenizer, limit:
         if 2 * len(opening) > room:
             opening = bare  # a system instruction that leaves the input no room loses its own beginning
         prompt = opening + prompt[len(opening) + excess :]
-    return Row(prompt, output, tuple(earlier))
+    return Row(prompt, output, tuple(earlier), before - len(prompt), len(whole) - len(output))
 
 
 def order(rows: int, seed: int, first: int = 0) -> Iterator[int]:
@@ -99,48 +105,3 @@ def order(rows: int, seed: int, first: int = 0) -> Iterator[int]:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         yield from islice(torch.randperm(rows, generator=generator).tolist(), skip, None)
         epoch, skip = epoch + 1, 0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows padded on the right to one length, ready for the model.
-
-    Attributes:
-        tokens: (rows, length) token ids.
-        positions: (targets, 2) row and column whose hidden state predicts a target.
-        targets: (targets,) answers' tokens to be predicted.
-    """
-
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    targets: torch.Tensor
-
-
-def collate(rows: Sequence[Row], device: torch.device) -> Batch:
-    """Return the rows as one batch."""
-    length = max(map(len, rows))
-    tokens = torch.zeros(len(rows), length, dtype=torch.long)
-    positions, targets = [], []
-    for number, row in enumerate(rows):
-        ids = row.prompt + row.output
-        tokens[number, : len(row)] = torch.tensor(ids)
-        for start, end in row.answers:
-            positions += [(number, column) for column in range(start - 1, end - 1)]
-            targets += ids[start:end]
-    return Batch(
-        tokens.to(device),
-        torch.tensor(positions, device=device),
-        torch.tensor(targets, device=device),
-    )
-
-
-def micro_batches(rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]:
-    """Split a batch into parts of at most `most_tokens` padded tokens (or one row), long rows first."""
-    part: list[Row] = []
-    for row in sorted(rows, key=len, reverse=True):
-        if part and len(part[0]) * (len(part) + 1) > most_tokens:
-            yield part
-            part = []
-        part.append(row)
-    if part:
-        yield part

@@ -1,7 +1,9 @@
-"""Google's hyperparameters: their defaults, their limits, and the arithmetic of steps and epochs."""
+"""Google's hyperparameters and our options: defaults, limits, and the arithmetic of steps and epochs."""
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 from tunesmith import protos
 
@@ -11,6 +13,22 @@ MAX_EPOCHS = 1000
 MAX_BATCH_SIZE = 1024
 MAX_LEARNING_RATE = 1.0
 MAX_LEARNING_RATE_MULTIPLIER = 1000.0
+MAX_VALIDATION_FRACTION = 0.5
+
+
+@dataclass(frozen=True)
+class Options:
+    """What Google's hyperparameters have no word for.
+
+    Attributes:
+        validation_fraction: The share of the examples that is held out; None: the automatic one, 0: none.
+        patience: Epochs in a row without a lower validation loss after which training ends; 0: it never does.
+        keep: Which weights the model gets, those with the lowest validation loss or those of the last step.
+    """
+
+    validation_fraction: float | None = None
+    patience: int = 0
+    keep: Literal["best", "last"] = "best"
 
 
 def violations(given: protos.Hyperparameters) -> Iterator[tuple[str, str]]:

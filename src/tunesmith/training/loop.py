@@ -1,7 +1,8 @@
 """The training loop: yields a snapshot a step; whoever iterates decides what happens between two steps."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -10,22 +11,25 @@ from typing import Any, Self
 import torch
 from safetensors.torch import load, save
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from tunesmith import protos
 from tunesmith.base_models import decoder
 from tunesmith.base_models.device import compute_dtype
 from tunesmith.base_models.weights import Weights
 from tunesmith.errors import FailedPrecondition
-from tunesmith.training import hyperparameters, lora
+from tunesmith.training import hyperparameters, kernels
 from tunesmith.training.adam import Adam
-from tunesmith.training.examples import Row, collate, micro_batches, order
-from tunesmith.training.loss import output_loss
+from tunesmith.training.batches import collate, micro_batches
+from tunesmith.training.examples import Row, order
+from tunesmith.training.hyperparameters import Options
+from tunesmith.training.network import FrozenNetwork, freeze
+from tunesmith.training.validation import Best, evaluate
 
-MICRO_BATCH_TOKENS = 4096
-"""Padded tokens that go through the model at once: bounds the memory, changes no result."""
+MICRO_BATCH_TOKENS = 512
+"""Tokens, padding counted, that go through the model at once: bounds the memory, changes no result."""
 PROBE_ROWS = 4
-CHECKPOINT_FILE = "state.safetensors"
+CHECKPOINT_FILE = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,41 @@ class Step:
         step: Its number, from 1.
         epoch: Epochs complete after it.
         mean_loss: Cross-entropy per output token of its batch, before the update, in nats.
+        learning_rate: That of its update.
+        gradient_norm: Of the whole gradient, before it was clipped.
+        tokens: All tokens of its rows, without padding.
+        seconds: How long it took.
     """
 
     step: int
     epoch: int
     mean_loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What the held-out rows say after an epoch; each answer is predicted from what truly comes before it.
+
+    Attributes:
+        step: Steps done.
+        epoch: Epochs complete.
+        loss: Cross-entropy per output token, in nats.
+        token_accuracy: The share of output tokens that are the likeliest.
+        exact_match: The share of rows all of whose output tokens, ends included, are the likeliest: greedy
+            generation would write exactly these outputs.
+        best: Whether no loss before was as low.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    token_accuracy: float
+    exact_match: float
+    best: bool
 
 
 @dataclass(frozen=True)
@@ -61,24 +95,26 @@ class Base:
     """A base model in memory, frozen; jobs take turns on it."""
 
     weights: Weights
-    model: Any  # a `decoder.CausalLM`, or transformers' own
+    network: FrozenNetwork
     tokenizer: Tokenizer
     device: torch.device
 
     @classmethod
     def load(cls, weights: Weights, device: torch.device) -> Self:
         """Load a base model from the cache."""
-        model = decoder.load(weights.path, device, compute_dtype(device))
+        dtype = compute_dtype(device)
+        model = decoder.load(weights.path, device, dtype)
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(model.config, name, None) not in (None, 1, 1.0):
                 raise FailedPrecondition(
                     f"models/{weights.model.id} cannot be tuned: its {name} is not supported."
                 )
-        return cls(weights, model, weights.tokenizer(), device)
+        fastest = kernels.find(device, dtype, weights.path.parent.parent / "kernels")
+        return cls(weights, freeze(model, fastest), weights.tokenizer(), device)
 
 
 class TuningRun:
-    """One tuning job in progress: iterate it for its steps, leave the loop to stop.
+    """One tuning job in progress: iterate it for its steps and validations, leave the loop to stop.
 
     Use as a context manager: at its end the base model is free for the next job. With the same rows,
     hyperparameters, seed, machine and number of threads the losses are equal to the last bit, also when the
@@ -92,6 +128,15 @@ class TuningRun:
         recipe: What is not a hyperparameter.
         start: Files of an adapter whose weights training goes on from, instead of new ones; the optimizer
             starts afresh.
+        options: When to stop early, and which weights to keep.
+        held_out: Numbers of the rows that are not learnt but validate each epoch, as `split.held_out` picks
+            them: steps and epochs count the others. They stay the same when a run is resumed.
+
+    Attributes:
+        adapter: The weights as they are; once settled, those to keep.
+        step: Steps done.
+        kept_step: After which step, once settled, the weights were those of the adapter.
+        total_steps: Steps in all, unless training stops early.
 
     Raises:
         FailedPrecondition: The adapter to start from has another shape.
@@ -105,14 +150,20 @@ class TuningRun:
         seed: int,
         recipe: Recipe | None = None,
         start: Mapping[str, bytes] | None = None,
+        options: Options | None = None,
+        held_out: Collection[int] = (),
     ) -> None:
-        self._base, self._rows, self._seed = base, rows, seed
-        self._given = given
+        self._base, self._seed, self._given = base, seed, given
+        held_out = frozenset(held_out)
+        self._rows = [row for number, row in enumerate(rows) if number not in held_out]
+        self._held_out = [row for number, row in enumerate(rows) if number in held_out]
         self.recipe = recipe or Recipe()
-        self.total_steps = hyperparameters.total_steps(len(rows), given)
-        self.step = 0
+        self.total_steps = hyperparameters.total_steps(len(self._rows), given)
+        self.step = self.kept_step = 0
+        self._best = Best(options or Options())
         self._stack = ExitStack()
-        self.adapter = self._stack.enter_context(lora.attached(base.model, self.recipe.rank, self.recipe.alpha))
+        self._network = self._stack.enter_context(base.network.adapted(self.recipe.rank, self.recipe.alpha))
+        self.adapter = self._network.adapter
         self.adapter.initialise(seed)
         if start is not None:
             try:
@@ -128,61 +179,89 @@ class TuningRun:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def __iter__(self) -> Iterator[Step]:
-        """Train from the current step to the last.
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left: all are done, or validation ended them early."""
+        return self.step >= self.total_steps or self._best.exhausted
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are complete."""
+        return hyperparameters.epoch_of(self.step, len(self._rows), self._given)
+
+    def __iter__(self) -> Iterator[Step | Validation]:
+        """Train from the current step to the last; then the adapter gets the weights to keep.
 
         Raises:
-            FailedPrecondition: The loss is no longer a number.
+            FailedPrecondition: The loss or the gradient is no longer a number.
         """
         size = self._given.batch_size
         wanted = len(self._rows) * self._given.epoch_count
         numbers = order(len(self._rows), self._seed, first=self.step * size)
-        while self.step < self.total_steps:
+        yield from self._validate()  # a checkpoint may lie between a step and its validation
+        while not self.finished:
             batch = [self._rows[n] for n in islice(numbers, min(size, wanted - self.step * size))]
-            loss = self._train(batch)
+            started = time.perf_counter()
+            rate = self._learning_rate()
+            loss, norm = self._train(batch)
             self.step += 1
-            if not math.isfinite(loss):
-                raise FailedPrecondition(
-                    f"Training diverged: the loss of step {self.step} is not a number. Tune again with a "
-                    f"learning rate below {self._given.learning_rate:g}."
-                )
-            epoch = hyperparameters.epoch_of(self.step, len(self._rows), self._given)
-            yield Step(self.step, epoch, loss)
+            self._check(loss, f"the loss of step {self.step}")
+            self._check(norm, f"the gradient of step {self.step}")
+            seconds = time.perf_counter() - started
+            yield Step(self.step, self.epoch, loss, rate, norm, sum(map(len, batch)), seconds)
+            yield from self._validate()
+        self.settle()
 
-    def _train(self, batch: Sequence[Row]) -> float:
-        """Do one step and return the batch's mean loss."""
-        tokens = sum(row.learnt for row in batch)
+    def settle(self) -> None:
+        """Give the adapter the weights to keep; who leaves the iteration for good before its end calls it."""
+        self.kept_step = self.step
+        if self._best.weights is not None:
+            self.kept_step = self._best.step
+            self.adapter.weights.copy_(self._best.weights)
+            self.adapter.refresh()
+
+    def _learning_rate(self) -> float:
+        """Return that of the next step."""
+        return self._given.learning_rate * (1 - self.step / self.total_steps)
+
+    def _check(self, value: float, name: str) -> None:
+        if not math.isfinite(value):
+            raise FailedPrecondition(
+                f"Training diverged: {name} is not a number. Tune again with a learning rate below "
+                f"{self._given.learning_rate:g}."
+            )
+
+    def _validate(self) -> Iterator[Validation]:
+        """Validate when the last step completed an epoch."""
+        if not self._held_out or self.epoch == self._best.epoch:
+            return
+        scores = evaluate(self._network, self._held_out, self._base.device, MICRO_BATCH_TOKENS)
+        self._check(scores.loss, f"the validation loss after step {self.step}")
+        best = self._best.offer(scores.loss, self.step, self.epoch, self.adapter.weights)
+        yield Validation(self.step, self.epoch, scores.loss, scores.token_accuracy, scores.exact_match, best)
+
+    def _train(self, batch: Sequence[Row]) -> tuple[float, float]:
+        """Do one step; return the batch's mean loss, and the gradient's norm before it was clipped."""
+        weight = 1 / sum(row.learnt for row in batch)
         total = 0.0
         for rows in micro_batches(batch, MICRO_BATCH_TOKENS):
-            loss = self._loss(rows) / tokens
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
-        nn.utils.clip_grad_norm_([self.adapter.weights], self.recipe.clip_norm)
-        rate = self._given.learning_rate * (1 - self.step / self.total_steps)
-        self._optimizer.step(self.adapter.gradient, rate)
+            total += weight * self._network.learn(collate(rows, self._base.device), weight)
+        norm = torch.linalg.vector_norm(self.adapter.gradient)
+        self.adapter.gradient.mul_((self.recipe.clip_norm / (norm + 1e-6)).clamp_(max=1.0))
+        self._optimizer.step(self.adapter.gradient, self._learning_rate())
         self.adapter.refresh()
         self.adapter.gradient.zero_()
-        return total
-
-    def _loss(self, rows: Sequence[Row]) -> Tensor:
-        """Return the summed cross-entropy of the rows' answers, a scalar in fp32."""
-        batch = collate(rows, self._base.device)
-        # The padding is on the right, where no token looks: it needs no mask.
-        hidden = self._base.model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
-        at_outputs = hidden[batch.positions[:, 0], batch.positions[:, 1]]
-        return output_loss(at_outputs, self._base.model.get_output_embeddings().weight, batch.targets)
+        return total, norm.item()
 
     def probe(self) -> dict[str, Any]:
         """Return a question whose answer tells this adapter from the base model.
 
         A server that loads the adapter asks it and refuses an adapter that does not answer as recorded.
         """
-        found: list[tuple[float, float, Row]] = []
-        with torch.inference_mode():
-            for row in (replace(row, earlier=()) for row in self._rows[:PROBE_ROWS]):
-                tuned = -self._loss([row]).item() / len(row.output)
-                with self.adapter.disabled():
-                    found.append((tuned, -self._loss([row]).item() / len(row.output), row))
+        rows = [replace(row, earlier=()) for row in self._rows[:PROBE_ROWS]]
+        tuned_by_row = self._mean_logprobs(rows)
+        with self.adapter.disabled():
+            found = list(zip(tuned_by_row, self._mean_logprobs(rows), rows, strict=True))
         tuned, untuned, row = max(found, key=lambda answer: abs(answer[0] - answer[1]))
         return {
             "tokens": row.prompt + row.output,
@@ -190,6 +269,11 @@ class TuningRun:
             "logprob": tuned,
             "base_logprob": untuned,
         }
+
+    def _mean_logprobs(self, rows: Sequence[Row]) -> list[float]:
+        """Return the mean log-probability of each row's answer, row by row as a server computes it."""
+        batches = (collate([row], self._base.device) for row in rows)
+        return [-self._network.evaluate(batch)[0].mean().item() for batch in batches]
 
     def manifest(self) -> dict[str, Any]:
         """Return what a server must know to use the adapter rightly."""
@@ -199,26 +283,35 @@ class TuningRun:
             "base_model": model.id,
             "weights_sha256": self._base.weights.sha256,
             "prompt_format": model.prompt_format,
-            "recipe": {**asdict(self.recipe), "seed": self._seed, "steps": self.step},
+            "recipe": {**asdict(self.recipe), "seed": self._seed, "steps": self.step, "kept_step": self.kept_step},
             "probe": self.probe(),
         }
 
     def checkpoint(self) -> dict[str, bytes]:
         """Return all that a later run needs to go on from here."""
-        tensors = {"weights": self.adapter.weights.detach(), "steps": torch.tensor(self.step)}
+        tensors = {"weights": self.adapter.weights, "steps": torch.tensor(self.step)}
         for name, value in self._optimizer.state.items():
             tensors[f"optimizer.{name}"] = value
+        for name, value in self._best.state().items():
+            tensors[f"best.{name}"] = value
         return {CHECKPOINT_FILE: save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})}
 
     def restore(self, files: Mapping[str, bytes]) -> None:
-        """Go on from a checkpoint of a run with the same rows, hyperparameters and seed."""
+        """Go on from a checkpoint of a run with the same rows, hyperparameters, options and seed.
+
+        What an earlier version wrote has another layout: then the run begins anew.
+        """
+        if CHECKPOINT_FILE not in files:
+            return
         tensors = load(files[CHECKPOINT_FILE])
         self.step = int(tensors["steps"])
-        with torch.no_grad():
-            self.adapter.weights.copy_(tensors["weights"])
+        self.adapter.weights.copy_(tensors["weights"])
         self.adapter.refresh()
-        self._optimizer.state = {
-            name.removeprefix("optimizer."): value.to(self._base.device)
-            for name, value in tensors.items()
-            if name.startswith("optimizer.")
-        }
+        device = self._base.device
+        self._optimizer.state = {name: value.to(device) for name, value in _part(tensors, "optimizer.").items()}
+        self._best.restore(_part(tensors, "best."), device)
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,17 +1,15 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on a frozen model, in PEFT's file format."""
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) of a frozen model, in PEFT's file format."""
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from tunesmith.errors import FailedPrecondition
 
@@ -20,66 +18,91 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
-class _LoraProduct(torch.autograd.Function):
-    """`W x + bias + scale * B A x` in the base's precision, with a backward pass of matrix products alone.
-
-    Autograd would make some twenty small operations of each layer, which on a CPU cost more than the products.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, _weights: Tensor, layer: "LoraLinear") -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        low = rows @ layer.a_copy.T
-        y = functional.linear(rows, layer.base.weight, layer.base.bias)
-        y.addmm_(low, layer.b_copy.T, alpha=layer.scale)
-        ctx.layer, ctx.shape = layer, x.shape
-        ctx.save_for_backward(rows, low)
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None]:
-        rows, low = ctx.saved_tensors
-        layer: LoraLinear = ctx.layer
-        upstream = upstream.reshape(-1, upstream.shape[-1])
-        low_upstream = (upstream @ layer.b_copy).mul_(layer.scale)
-        layer.b_gradient.add_(upstream.T @ low, alpha=layer.scale)
-        layer.a_gradient.add_(low_upstream.T @ rows)
-        if not ctx.needs_input_grad[0]:
-            return None, None, None
-        gradient = (upstream @ layer.base.weight).addmm_(low_upstream, layer.a_copy)
-        return gradient.view(ctx.shape), None, None
-
-
-class LoraLinear(nn.Module):
-    """A frozen linear layer with a low-rank adapter.
+@dataclass(frozen=True)
+class LoraLayer:
+    """A linear layer's adapter: parts of the flat weights and of their flat gradient.
 
     Attributes:
-        a, b: The adapter, (rank, in_features) and (out_features, rank), parts of the adapter's flat weights.
-        a_copy, b_copy: The same in the base's precision, as of the last `Adapter.refresh`.
-        a_gradient, b_gradient: Where the backward pass adds, parts of the adapter's flat gradient.
-        enabled: Otherwise the layer is the base's own.
+        a, a_gradient: (rank, in_features).
+        b, b_gradient: (out_features, rank).
     """
 
-    def __init__(self, base: nn.Linear, adapter: "Adapter", start: int, rank: int, scale: float) -> None:
-        super().__init__()
-        self.base, self.scale, self.enabled = base, scale, True
-        # In a tuple, as a module would take a parameter for one of its own.
-        self._weights = (adapter.weights,)
-        a, b = (rank, base.in_features), (base.out_features, rank)
-        middle, end = start + math.prod(a), start + math.prod(a) + math.prod(b)
-        flat = adapter.weights.detach()
-        self.a, self.b = flat[start:middle].view(a), flat[middle:end].view(b)
-        self.a_copy, self.b_copy = adapter.copy[start:middle].view(a), adapter.copy[middle:end].view(b)
-        self.a_gradient = adapter.gradient[start:middle].view(a)
-        self.b_gradient = adapter.gradient[middle:end].view(b)
+    a: Tensor
+    b: Tensor
+    a_gradient: Tensor
+    b_gradient: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return base(x) with the adapter's part added."""
-        if not self.enabled:
-            return self.base(x)  # type: ignore[no-any-return]
-        y: Tensor = _LoraProduct.apply(x, self._weights[0], self)  # type: ignore[no-untyped-call]
-        return y
+
+class LoraStack:
+    """The adapters of linear layers that share their input, of all blocks that have such layers.
+
+    Args:
+        adapter: What they are part of.
+        start: Where they lie in its flat weights: a block after the other, in each all A before all B.
+        blocks: How many blocks there are.
+        width: in_features.
+        outs: out_features of each layer of a block.
+
+    Attributes:
+        a: (blocks, ranks, in_features) in the base's precision, as of the last `Adapter.refresh`.
+        b: (blocks, out_features, ranks), likewise and scaled; 0 where one layer's outputs would meet another's
+            adapter.
+        end: Where they end in the flat weights.
+    """
+
+    def __init__(self, adapter: "Adapter", start: int, blocks: int, width: int, outs: Sequence[int]) -> None:
+        self._rank, self._width, self._outs, self.blocks = adapter.rank, width, list(outs), blocks
+        self._size = self._rank * (len(outs) * width + sum(outs))
+        self._scale = adapter.scale
+        self.end = start + blocks * self._size
+        part = slice(start, self.end)
+        self._weights, self._gradient = adapter.weights[part], adapter.gradient[part]
+        self._copy = adapter.copy[part]
+        self.a = self._all_a(self._copy)
+        self.b = self._copy.new_zeros(blocks, sum(outs), len(outs) * self._rank)
+
+    def layer(self, block: int, number: int) -> LoraLayer:
+        """Return the adapter of one linear layer."""
+        ranks = slice(number * self._rank, (number + 1) * self._rank)
+        a, a_gradient = (self._all_a(flat)[block, ranks] for flat in (self._weights, self._gradient))
+        b, b_gradient = (self._all_b(flat)[number][block] for flat in (self._weights, self._gradient))
+        return LoraLayer(a, b, a_gradient, b_gradient)
+
+    def refresh(self) -> None:
+        """Bring `b` up to date with the adapter's copy."""
+        for part, own in zip(self._parts(self.b), self._all_b(self._copy), strict=True):
+            torch.mul(own, self._scale, out=part) if self._scale != 1.0 else part.copy_(own)
+
+    def silence(self) -> None:
+        """Make `b` 0 until the next refresh."""
+        self.b.zero_()
+
+    def add_gradient(self, blocks: slice, a_gradient: Tensor, b_gradient: Tensor) -> None:
+        """Add the gradients of some blocks' `a` and `b` to the adapter's."""
+        self._all_a(self._gradient)[blocks].add_(a_gradient)
+        for own, part in zip(self._all_b(self._gradient), self._parts(b_gradient), strict=True):
+            own[blocks].add_(part, alpha=self._scale)
+
+    def _all_a(self, flat: Tensor) -> Tensor:
+        ranks = len(self._outs) * self._rank
+        return flat.as_strided((self.blocks, ranks, self._width), (self._size, self._width, 1))
+
+    def _all_b(self, flat: Tensor) -> list[Tensor]:
+        ends = accumulate(
+            (out * self._rank for out in self._outs), initial=len(self._outs) * self._rank * self._width
+        )
+        return [
+            flat[start:].as_strided((self.blocks, out, self._rank), (self._size, self._rank, 1))
+            for start, out in zip(ends, self._outs, strict=False)
+        ]
+
+    def _parts(self, b: Tensor) -> list[Tensor]:
+        """The blocks on the diagonal."""
+        starts = accumulate(self._outs, initial=0)
+        return [
+            b[:, at : at + out, number * self._rank : (number + 1) * self._rank]
+            for number, (at, out) in enumerate(zip(starts, self._outs, strict=False))
+        ]
 
 
 class Adapter:
@@ -88,38 +111,70 @@ class Adapter:
     They lie in one flat fp32 tensor, and their gradients in another, so that clipping and the optimizer's
     step are a few operations and not a few hundred.
 
+    Args:
+        stacks: The linear layers by their paths: for each kind a mapping a block, whose layers share their input.
+        rank: Of each layer's adapter.
+        alpha: B A is multiplied by alpha / rank.
+
     Attributes:
-        weights: The flat parameter.
-        gradient: Its gradient, which the layers' backward passes add to.
-        copy: The weights in the base's precision, which the products take.
+        weights: The flat weights.
+        gradient: Their gradient, which backward passes add to.
+        copy: The weights in the base's precision, as of the last `refresh`.
+        layers: The adapters by their layers' paths, block after block.
+        stacks: The same, as passes take them, in the order of the argument.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Linear], rank: int, alpha: float) -> None:
+    def __init__(self, stacks: Sequence[Sequence[Mapping[str, nn.Linear]]], rank: int, alpha: float) -> None:
         self.rank, self.alpha = rank, alpha
-        base = next(iter(layers.values())).weight
-        sizes = [rank * (linear.in_features + linear.out_features) for linear in layers.values()]
-        self.weights = nn.Parameter(torch.zeros(sum(sizes), device=base.device))
-        self.weights.grad = self.gradient = torch.zeros_like(self.weights)
-        self.copy = self.weights.detach().to(base.dtype)  # of an fp32 base the weights themselves
-        starts = accumulate(sizes, initial=0)
+        base = next(iter(stacks[0][0].values())).weight
+        every = [linear for stack in stacks for block in stack for linear in block.values()]
+        total = sum(rank * (linear.in_features + linear.out_features) for linear in every)
+        self.weights = torch.zeros(total, device=base.device)
+        self.gradient = torch.zeros_like(self.weights)
+        self.copy = self.weights.to(base.dtype, copy=True)
+        self.stacks: list[LoraStack] = []
+        start = 0
+        for stack in stacks:
+            linears = list(stack[0].values())
+            outs = [linear.out_features for linear in linears]
+            self.stacks += [LoraStack(self, start, len(stack), linears[0].in_features, outs)]
+            start = self.stacks[-1].end
         self.layers = {
-            path: LoraLinear(linear, self, start, rank, alpha / rank)
-            for (path, linear), start in zip(layers.items(), starts, strict=False)
+            path: own.layer(block, number)
+            for block in range(max(map(len, stacks)))
+            for stack, own in zip(stacks, self.stacks, strict=True)
+            if block < len(stack)
+            for number, path in enumerate(stack[block])
         }
 
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / self.rank
+
     def refresh(self) -> None:
-        """Bring the copy up to date after the weights have changed."""
-        self.copy.copy_(self.weights.detach())
+        """Bring the copies in the base's precision up to date after the weights have changed."""
+        self.copy.copy_(self.weights)
+        for stack in self.stacks:
+            stack.refresh()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Let the model answer without the adapter inside the block."""
+        for stack in self.stacks:
+            stack.silence()
+        try:
+            yield
+        finally:
+            self.refresh()
 
     def initialise(self, seed: int) -> None:
         """Draw A uniformly in ±1/sqrt(in_features), as PEFT does; B is 0: the model starts unchanged."""
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for layer in self.layers.values():
-                bound = 1 / math.sqrt(layer.base.in_features)
-                drawn = torch.rand(layer.a.shape, generator=generator)
-                layer.a.copy_((drawn * 2 - 1) * bound)
-                layer.b.zero_()
+        for layer in self.layers.values():
+            drawn = torch.rand(layer.a.shape, generator=generator)
+            layer.a.copy_((drawn * 2 - 1) / math.sqrt(layer.a.shape[1]))
+            layer.b.zero_()
         self.refresh()
 
     def to_files(self, base_model: str) -> dict[str, bytes]:
@@ -153,40 +208,7 @@ class Adapter:
         wanted = {f"{_PREFIX}{path}.lora_{side}.weight" for path in self.layers for side in "AB"}
         if set(tensors) != wanted or (config["r"], config["lora_alpha"]) != (self.rank, self.alpha):
             raise FailedPrecondition("The adapter to start from has other layers or another rank.")
-        with torch.no_grad():
-            for path, layer in self.layers.items():
-                layer.a.copy_(tensors[f"{_PREFIX}{path}.lora_A.weight"])
-                layer.b.copy_(tensors[f"{_PREFIX}{path}.lora_B.weight"])
+        for path, layer in self.layers.items():
+            layer.a.copy_(tensors[f"{_PREFIX}{path}.lora_A.weight"])
+            layer.b.copy_(tensors[f"{_PREFIX}{path}.lora_B.weight"])
         self.refresh()
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Let the model answer without the adapter inside the block."""
-        for layer in self.layers.values():
-            layer.enabled = False
-        try:
-            yield
-        finally:
-            for layer in self.layers.values():
-                layer.enabled = True
-
-
-@contextmanager
-def attached(model: nn.Module, rank: int, alpha: float) -> Iterator[Adapter]:
-    """Adapt every linear layer of the model's blocks inside the block; afterwards the model is as before."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    linears = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
-    if not linears:
-        raise FailedPrecondition("This model has no linear layers that an adapter could be put on.")
-    adapter = Adapter(linears, rank, alpha)
-    try:
-        for path, layer in adapter.layers.items():
-            model.set_submodule(path, layer)
-        yield adapter
-    finally:
-        for path, linear in linears.items():
-            model.set_submodule(path, linear)

@@ -1,49 +1,56 @@
 """Cross-entropy through a large frozen output head, without holding its logits."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from tunesmith.engines.linear import linear
+from tunesmith.training.kernels import Kernels
 
 CHUNK = 128
 """Positions whose logits exist at once: 128 x 262,144 words in fp32 are 134 MB."""
 
 
-class _OutputLoss(torch.autograd.Function):
-    """The head is frozen, so the only gradient is the hidden states', and the forward pass can make it."""
+class OutputHead:
+    """The frozen output head.
 
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(targets), CHUNK):
-            part = slice(start, start + CHUNK)
-            logits = functional.linear(hidden[part].contiguous(), head).float()
-            total += functional.cross_entropy(logits, targets[part], reduction="sum")
-            if gradient is not None:
-                probabilities = logits.softmax(-1)
-                rows = torch.arange(len(logits), device=logits.device)
-                probabilities[rows, targets[part]] -= 1
-                gradient[part] = probabilities.to(head.dtype) @ head
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None
-
-
-def output_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Return the summed cross-entropy in nats, a scalar in fp32.
+    The only gradient is the hidden states', which the forward pass makes at once.
 
     Args:
-        hidden: (n, width) final hidden states of the positions that predict the targets.
-        head: (vocabulary, width) the frozen output head.
-        targets: (n,) token ids.
+        weight: (vocabulary, width).
+        kernels: For its device and precision.
     """
-    loss: Tensor = _OutputLoss.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
-    return loss
+
+    def __init__(self, weight: Tensor, kernels: Kernels) -> None:
+        self._weight, self._kernels = weight.detach(), kernels
+        self._forward = linear(self._weight, None)
+        self._backward = linear(self._weight.T.contiguous(), None)
+
+    def learn(self, hidden: Tensor, targets: Tensor) -> tuple[float, Tensor]:
+        """Return the summed cross-entropy in nats and its gradient, (n, width) in fp32.
+
+        Args:
+            hidden: (n, width) final hidden states of the positions that predict the targets.
+            targets: (n,) token ids.
+        """
+        total, gradients = 0.0, []
+        for part, target in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):
+            losses, powers, sums = self._kernels.softmax(self._forward(part), target)
+            total += losses.sum().item()
+            expected = self._backward(powers).float().div_(sums[:, None])
+            gradients.append(expected.sub_(self._weight[target]))
+        return total, torch.cat(gradients)
+
+    def evaluate(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy at each target, in nats, and whether it is the most probable token.
+
+        Args:
+            hidden: (n, width) final hidden states of the positions that predict the targets.
+            targets: (n,) token ids.
+        """
+        losses, right = [], []
+        for part, target in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):
+            logits = self._forward(part)
+            right.append(logits.argmax(-1) == target)
+            losses.append(functional.cross_entropy(logits.float(), target, reduction="none"))
+        return torch.cat(losses), torch.cat(right)

@@ -1,0 +1,309 @@
+/* The small operations of a training step, each in one pass over its rows; see kernels.py for what they compute.
+
+   Rows are independent, so that the number of threads changes no result. Numbers are bfloat16 (as 16 bits) or
+   float; sums are taken in float. */
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+
+static inline float wide(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+/* Round to nearest, ties to even; what is no number stays none. */
+static inline bf16 narrow(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return (bits & 0x7fffffffu) > 0x7f800000u ? (bf16)0x7fc0 : (bf16)rounded;
+}
+
+/* e to the x, to 2e-7; a polynomial, as the compiler makes vectors of it. Below -87 it is 0 for our purposes. */
+static inline float power(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = floorf(x * 1.44269504f + 0.5f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float scale;
+    memcpy(&scale, &bits, 4);
+    return p * scale;
+}
+
+static inline float inverse_of(const bf16 *x, ptrdiff_t n, float eps) {
+    float sum = 0.0f;
+    for (ptrdiff_t i = 0; i < n; i++) sum += wide(x[i]) * wide(x[i]);
+    return 1.0f / sqrtf(sum / (float)n + eps);
+}
+
+void norm(ptrdiff_t rows, ptrdiff_t n, const bf16 *x, const float *factor, float eps, bf16 *y, float *inverse) {
+#pragma omp parallel for schedule(static)
+    for (ptrdiff_t row = 0; row < rows; row++) {
+        const bf16 *in = x + row * n;
+        bf16 *out = y + row * n;
+        float by = inverse[row] = inverse_of(in, n, eps);
+        for (ptrdiff_t i = 0; i < n; i++) out[i] = narrow(wide(in[i]) * by * factor[i]);
+    }
+}
+
+void add_norm(ptrdiff_t rows, ptrdiff_t n, const bf16 *x, const bf16 *y, const float *factor, float eps, bf16 *sum,
+              float *inverse) {
+#pragma omp parallel for schedule(static)
+    for (ptrdiff_t row = 0; row < rows; row++) {
+        const bf16 *in = y + row * n, *left = x + row * n;
+        bf16 *out = sum + row * n;
+        float by = inverse[row] = inverse_of(in, n, eps);
+        for (ptrdiff_t i = 0; i < n; i++)
+            out[i] = narrow(wide(left[i]) + wide(narrow(wide(in[i]) * by * factor[i])));
+    }
+}
+
+/* gradient (float) of norm(x) -> that of x */
+void norm_back(ptrdiff_t rows, ptrdiff_t n, const float *gradient, const bf16 *x, const float *inverse,
+               const float *factor, bf16 *out) {
+#pragma omp parallel for schedule(static)
+    for (ptrdiff_t row = 0; row < rows; row++) {
+        const float *g = gradient + row * n;
+        const bf16 *in = x + row * n;
+        bf16 *to = out + row * n;
+        float by = inverse[row], along = 0.0f;
+        for (ptrdiff_t i = 0; i < n; i++) along += g[i] * factor[i] * wide(in[i]);
+        along *= by * by / (float)n;
+        for (ptrdiff_t i = 0; i < n; i++) to[i] = narrow((g[i] * factor[i] - wide(in[i]) * along) * by);
+    }
+}
+
+/* gradient (bf16) of norm(x) -> added to that of x (float) */
+void norm_back_add(ptrdiff_t rows, ptrdiff_t n, const bf16 *gradient, const bf16 *x, const float *inverse,
+                   const float *factor, float *total) {
+#pragma omp parallel for schedule(static)
+    for (ptrdiff_t row = 0; row < rows; row++) {
+        const bf16 *g = gradient + row * n, *in = x + row * n;
+        float *to = total + row * n;
+        float by = inverse[row], along = 0.0f;
+        for (ptrdiff_t i = 0; i < n; i++) along += wide(g[i]) * factor[i] * wide(in[i]);
+        along *= by * by / (float)n;
+        for (ptrdiff_t i = 0; i < n; i++) to[i] += (wide(g[i]) * factor[i] - wide(in[i]) * along) * by;
+    }
+}
+
+/* The first `heads` of `all` heads are normalised, where there is a factor, and turned by their positions. */
+void turn(ptrdiff_t rows, ptrdiff_t all, ptrdiff_t heads, ptrdiff_t size, const bf16 *x, const float *cosine,
+          const float *sine, const float *factor, float eps, bf16 *turned, float *inverse) {
+    ptrdiff_t half = size / 2;
+#pragma omp parallel for schedule(static)
+    for (ptrdiff_t row = 0; row < rows; row++) {
+        const float *c = cosine + row * size, *s = sine + row * size;
+        for (ptrdiff_t head = 0; head < heads; head++) {
+            const bf16 *in = x + (row * all + head) * size;
+            bf16 *out = turned + (row * heads + head) * size;
+            const float *f = factor + head * size;
+            float by = 1.0f, scaled[size];
+            if (factor) by = inverse[row * heads + head] = inverse_of(in, size, eps);
+            for (ptrdiff_t i = 0; i < size; i++) scaled[i] = wide(in[i]) * by * (factor ? f[i] : 1.0f);
+            for (ptrdiff_t i = 0; i < half; i++) {
+                out[i] = narrow(scaled[i] * c[i] + scaled[i + half] * s[i]);
+                out[i + half] = narrow(scaled[i + half] * c[i + half] + scaled[i] * s[i + half]);
+            }
+        }
+    }
+}
+
+/* gradients (bf16) of what `turn` made and of the heads that it left -> that of x */
+void turn_back(ptrdiff_t rows, ptrdiff_t all, ptrdiff_t heads, ptrdiff_t size, const bf16 *of_query,
+               const bf16 *of_key, const bf16 *of_value, ptrdiff_t queries, const bf16 *x, const float *cosine,
+               const float *sine, const float *factor, const float *inverse, bf16 *out) {
+    ptrdiff_t half = size / 2, keys = heads - queries;
+#pragma omp parallel for schedule(static)
+    for (ptrdiff_t row = 0; row < rows; row++) {
+        const float *c = cosine + row * size, *s = sine + row * size;
+        for (ptrdiff_t head = 0; head < heads; head++) {
+            const bf16 *g = head < queries ? of_query + (row * queries + head) * size
+                                           : of_key + (row * keys + head - queries) * size;
+            const bf16 *in = x + (row * all + head) * size;
+            bf16 *to = out + (row * all + head) * size;
+            const float *f = factor + head * size;
+            float back[size];
+            for (ptrdiff_t i = 0; i < half; i++) {
+                back[i] = wide(g[i]) * c[i] + wide(g[i + half]) * s[i + half];
+                back[i + half] = wide(g[i + half]) * c[i + half] + wide(g[i]) * s[i];
+            }
+            float by = 1.0f, along = 0.0f;
+            if (factor) {
+                by = inverse[row * heads + head];
+                for (ptrdiff_t i = 0; i < size; i++) back[i] *= f[i];
+                for (ptrdiff_t i = 0; i < size; i++) along += back[i] * wide(in[i]);
+                along *= by * by / (float)size;
+            }
+            for (ptrdiff_t i = 0; i < size; i++) to[i] = narrow((back[i] - wide(in[i]) * along) * by);
+        }
+        memcpy(out + (row * all + heads) * size, of_value + row * (all - heads) * size,
+               (size_t)((all - heads) * size) * sizeof(bf16));
+    }
+}
+
+#define GELU_A 0.7978845608f
+#define GELU_B 0.044715f
+
+/* 1 / (1 + e to the -z): gelu's 0.5 (1 + tanh(z / 2)) is the same. */
+static inline float logistic(float z) { return 1.0f / (1.0f + power(-z)); }
+
+void gate(ptrdiff_t rows, ptrdiff_t n, ptrdiff_t silu, const bf16 *gate_and_up, bf16 *product) {
+#pragma omp parallel for schedule(static)
+    for (ptrdiff_t row = 0; row < rows; row++) {
+        const bf16 *restrict g = gate_and_up + row * 2 * n, *restrict up = g + n;
+        bf16 *restrict out = product + row * n;
+        for (ptrdiff_t i = 0; i < n; i++) {
+            float x = wide(g[i]);
+            float z = silu ? x : 2.0f * GELU_A * x * (1.0f + GELU_B * x * x);
+            out[i] = narrow(x * logistic(z) * wide(up[i]));
+        }
+    }
+}
+
+void gate_back(ptrdiff_t rows, ptrdiff_t n, ptrdiff_t silu, const bf16 *gradient, const bf16 *gate_and_up, bf16 *of_both) {
+#pragma omp parallel for schedule(static)
+    for (ptrdiff_t row = 0; row < rows; row++) {
+        const bf16 *d = gradient + row * n, *g = gate_and_up + row * 2 * n, *up = g + n;
+        bf16 *of_gate = of_both + row * 2 * n, *of_up = of_gate + n;
+        for (ptrdiff_t i = 0; i < n; i++) {
+            float x = wide(g[i]), upstream = wide(d[i]);
+            float z = silu ? x : 2.0f * GELU_A * x * (1.0f + GELU_B * x * x);
+            float slope = silu ? 1.0f : 2.0f * GELU_A * (1.0f + 3.0f * GELU_B * x * x);
+            float share = logistic(z);
+            of_up[i] = narrow(upstream * x * share);
+            of_gate[i] = narrow(upstream * wide(up[i]) * (share + x * share * (1.0f - share) * slope));
+        }
+    }
+}
+
+/* Per row: e to the logits less the largest, their sum, and the cross-entropy at the target. */
+void softmax(ptrdiff_t rows, ptrdiff_t words, const bf16 *logits, const int64_t *targets, bf16 *powers, float *sums,
+             float *losses) {
+    for (ptrdiff_t row = 0; row < rows; row++) {
+        const bf16 *in = logits + row * words;
+        bf16 *out = powers + row * words;
+        float largest = -INFINITY, sum = 0.0f;
+#pragma omp parallel for schedule(static) reduction(max : largest)
+        for (ptrdiff_t i = 0; i < words; i++) largest = wide(in[i]) > largest ? wide(in[i]) : largest;
+        float partial[64];
+        ptrdiff_t part = (words + 63) / 64;
+#pragma omp parallel for schedule(static)
+        for (ptrdiff_t piece = 0; piece < 64; piece++) {
+            ptrdiff_t end = (piece + 1) * part < words ? (piece + 1) * part : words;
+            float own = 0.0f;
+            for (ptrdiff_t i = piece * part; i < end; i++) {
+                float p = power(wide(in[i]) - largest);
+                own += p;
+                out[i] = narrow(p);
+            }
+            partial[piece] = own;
+        }
+        for (int piece = 0; piece < 64; piece++) sum += partial[piece];
+        sums[row] = sum;
+        losses[row] = logf(sum) + largest - wide(in[targets[row]]);
+    }
+}
+
+/* Causal attention within short rows. `turned` has each token's queries, then its keys; `heads` its queries, keys
+   and values. Queries share keys in groups. Probabilities of row r and query head h lie at
+   (row_places[r] + h x length x length). */
+
+static inline float dot(const float *restrict a, const float *restrict b, ptrdiff_t n) {
+    float sum = 0.0f;
+    for (ptrdiff_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+static inline void widen(const bf16 *from, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t n, float *restrict to) {
+    for (ptrdiff_t row = 0; row < rows; row++)
+        for (ptrdiff_t i = 0; i < n; i++) to[row * n + i] = wide(from[row * stride + i]);
+}
+
+static inline void add_times(float *restrict to, const float *restrict from, float by, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i++) to[i] += by * from[i];
+}
+
+void attend(ptrdiff_t rows, ptrdiff_t queries, ptrdiff_t keys, ptrdiff_t size, const int64_t *starts,
+            const int64_t *lengths, const int64_t *row_places, const bf16 *turned, const bf16 *heads, float scale,
+            float *probabilities, bf16 *gathered) {
+    ptrdiff_t turning = queries + keys, all = turning + keys, group = queries / keys;
+#pragma omp parallel for collapse(2) schedule(static)
+    for (ptrdiff_t row = 0; row < rows; row++)
+        for (ptrdiff_t head = 0; head < queries; head++) {
+            ptrdiff_t start = starts[row], length = lengths[row], shared = head / group;
+            float key[length * size], value[length * size], query[size], out[size];
+            widen(turned + (start * turning + queries + shared) * size, length, turning * size, size, key);
+            widen(heads + (start * all + turning + shared) * size, length, all * size, size, value);
+            for (ptrdiff_t i = 0; i < length; i++) {
+                float *p = probabilities + row_places[row] + (head * length + i) * length;
+                float largest = -INFINITY, sum = 0.0f;
+                widen(turned + ((start + i) * turning + head) * size, 1, 0, size, query);
+                for (ptrdiff_t j = 0; j <= i; j++) {
+                    p[j] = scale * dot(query, key + j * size, size);
+                    largest = p[j] > largest ? p[j] : largest;
+                }
+                for (ptrdiff_t j = 0; j <= i; j++) sum += p[j] = power(p[j] - largest);
+                memset(out, 0, sizeof out);
+                for (ptrdiff_t j = 0; j <= i; j++) add_times(out, value + j * size, p[j] /= sum, size);
+                bf16 *to = gathered + ((start + i) * queries + head) * size;
+                for (ptrdiff_t d = 0; d < size; d++) to[d] = narrow(out[d]);
+            }
+        }
+}
+
+void attend_back(ptrdiff_t rows, ptrdiff_t queries, ptrdiff_t keys, ptrdiff_t size, const int64_t *starts,
+                 const int64_t *lengths, const int64_t *row_places, const bf16 *turned, const bf16 *heads,
+                 float scale, const float *probabilities, const bf16 *gradient, bf16 *of_query, bf16 *of_key,
+                 bf16 *of_value) {
+    ptrdiff_t turning = queries + keys, all = turning + keys, group = queries / keys;
+#pragma omp parallel for collapse(2) schedule(static)
+    for (ptrdiff_t row = 0; row < rows; row++)
+        for (ptrdiff_t shared = 0; shared < keys; shared++) {
+            ptrdiff_t start = starts[row], length = lengths[row];
+            float key[length * size], value[length * size], to_key[length * size], to_value[length * size];
+            float query[size], upstream[size], out[size], of_score[length];
+            widen(turned + (start * turning + queries + shared) * size, length, turning * size, size, key);
+            widen(heads + (start * all + turning + shared) * size, length, all * size, size, value);
+            memset(to_key, 0, sizeof to_key);
+            memset(to_value, 0, sizeof to_value);
+            for (ptrdiff_t head = shared * group; head < (shared + 1) * group; head++)
+                for (ptrdiff_t i = 0; i < length; i++) {
+                    const float *p = probabilities + row_places[row] + (head * length + i) * length;
+                    float mean = 0.0f;
+                    widen(turned + ((start + i) * turning + head) * size, 1, 0, size, query);
+                    widen(gradient + ((start + i) * queries + head) * size, 1, 0, size, upstream);
+                    for (ptrdiff_t j = 0; j <= i; j++) {
+                        of_score[j] = dot(upstream, value + j * size, size);
+                        mean += p[j] * of_score[j];
+                    }
+                    memset(out, 0, sizeof out);
+                    for (ptrdiff_t j = 0; j <= i; j++) {
+                        float s = p[j] * (of_score[j] - mean) * scale;
+                        add_times(to_value + j * size, upstream, p[j], size);
+                        add_times(to_key + j * size, query, s, size);
+                        add_times(out, key + j * size, s, size);
+                    }
+                    bf16 *to = of_query + ((start + i) * queries + head) * size;
+                    for (ptrdiff_t d = 0; d < size; d++) to[d] = narrow(out[d]);
+                }
+            for (ptrdiff_t i = 0; i < length; i++)
+                for (ptrdiff_t d = 0; d < size; d++) {
+                    of_key[((start + i) * keys + shared) * size + d] = narrow(to_key[i * size + d]);
+                    of_value[((start + i) * keys + shared) * size + d] = narrow(to_value[i * size + d]);
+                }
+        }
+}

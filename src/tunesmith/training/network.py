@@ -1,0 +1,232 @@
+"""A frozen base model with a trainable adapter: the loss of a batch, and the adapter's gradient."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tunesmith.base_models.decoder import SLIDING, CausalLM
+from tunesmith.errors import FailedPrecondition
+from tunesmith.training.attention import attention
+from tunesmith.training.batches import Batch
+from tunesmith.training.block import GROUPS, Block, Context, FrozenBlock, Kept
+from tunesmith.training.kernels import Kernels
+from tunesmith.training.lora import Adapter
+from tunesmith.training.loss import OutputHead
+from tunesmith.training.projection import Frozen, Projection, Tape
+
+MOST_KEPT_TOKENS = 512
+"""Of a longer row only the layers' inputs are kept; the backward pass computes the rest again."""
+
+
+class Network(Protocol):
+    """A base model with the adapter of one job.
+
+    Attributes:
+        adapter: What is trained.
+    """
+
+    adapter: Adapter
+
+    def learn(self, batch: Batch, weight: float) -> float:
+        """Return the summed loss of a batch, in nats, and add `weight` times its gradient to the adapter's."""
+
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the loss at each target, in nats, and whether the target is the most probable token."""
+
+
+class FrozenNetwork(Protocol):
+    """A base model that jobs take turns on."""
+
+    def adapted(self, rank: int, alpha: float) -> AbstractContextManager[Network]:
+        """Put an adapter on every linear layer but the head for as long as the context lasts."""
+
+
+def freeze(model: Any, kernels: Kernels) -> FrozenNetwork:
+    """Return a base model as training takes it.
+
+    Args:
+        model: A `decoder.CausalLM`, or transformers' own.
+        kernels: For its device and precision.
+    """
+    return FrozenDecoder(model, kernels) if isinstance(model, CausalLM) else FrozenModules(model, kernels)
+
+
+class FrozenDecoder:
+    """A decoder that is known here, in the layouts that training reads fastest."""
+
+    def __init__(self, model: CausalLM, kernels: Kernels) -> None:
+        self.body, self.kernels = model.base_model, kernels
+        self.head = OutputHead(model.lm_head.weight, kernels)
+        self.blocks = [FrozenBlock(layer) for layer in model.base_model.decoder_layers]
+
+    @contextmanager
+    def adapted(self, rank: int, alpha: float) -> Iterator[Network]:
+        """Yield the network of one job."""
+        kinds = [
+            [
+                {f"model.layers.{number}.{path}": linear for path, linear in block.groups[kind].items()}
+                for number, block in enumerate(self.blocks)
+            ]
+            for kind in range(len(GROUPS))
+        ]
+        yield DecoderNetwork(self, Adapter(kinds, rank, alpha))
+
+
+class DecoderNetwork:
+    """Both passes written out."""
+
+    def __init__(self, frozen: FrozenDecoder, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self._body, self._head, self._kernels = frozen.body, frozen.head, frozen.kernels
+        self._tapes = [Tape(stack, MOST_KEPT_TOKENS * stack.blocks) for stack in adapter.stacks]
+        self._blocks = [
+            Block(
+                block,
+                [
+                    Projection(linear, stack, number, tape)
+                    for linear, stack, tape in zip(block.linears, adapter.stacks, self._tapes, strict=True)
+                ],
+                frozen.kernels,
+            )
+            for number, block in enumerate(frozen.blocks)
+        ]
+
+    @torch.no_grad()
+    def learn(self, batch: Batch, weight: float) -> float:
+        """Return the summed loss of a batch, in nats, and add `weight` times its gradient to the adapter's."""
+        layers, x = self._layers(batch), self._body.embed(batch.tokens)
+        kept: list[Kept | Tensor] = []
+        for block, context, places in layers:
+            before = x
+            x, seen = block.forward(x, context, places)
+            kept.append(seen if len(batch.tokens) <= MOST_KEPT_TOKENS else before)
+        norm = self._body.norm
+        hidden, inverse = self._kernels.norm(x, norm.factor, norm.eps)
+        loss, of_hidden = self._head.learn(hidden, batch.targets)
+        gradient = torch.zeros_like(of_hidden)
+        of_hidden = of_hidden.mul_(weight).to(x.dtype)
+        self._kernels.norm_back_add(of_hidden, x, inverse, norm.factor, gradient)
+        for tape in self._tapes:
+            tape.begin(len(batch.tokens))
+        for block, context, places in reversed(layers):
+            last = kept.pop()
+            seen = block.forward(last, context, places)[1] if isinstance(last, Tensor) else last
+            gradient = block.backward(gradient, seen, context, to_input=bool(kept))
+        for tape in self._tapes:
+            tape.flush()
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the loss at each target, in nats, and whether the target is the most probable token."""
+        x = self._body.embed(batch.tokens)
+        for block, context, places in self._layers(batch):
+            x = block.forward(x, context, places)[0]
+        return self._head.evaluate(self._body.norm(x), batch.targets)
+
+    def _layers(self, batch: Batch) -> list[tuple[Block, Context, Tensor | None]]:
+        """Return the layers, what they know of the batch, and which tokens' outputs are wanted of each."""
+        config, heads = self._body.config, self._blocks[0].heads
+        contexts = {
+            kind: Context(
+                turns, attention(batch, heads, config.sliding_window if kind == SLIDING else None, self._kernels)
+            )
+            for kind, turns in self._body.turns(batch.positions).items()
+        }
+        wanted = [*[None] * (len(self._blocks) - 1), batch.places]
+        kinds = (contexts[kind] for kind in config.layer_types)
+        return list(zip(self._blocks, kinds, wanted, strict=True))
+
+
+class FrozenModules:
+    """transformers' own modules, for what is not known here: slower, by autograd."""
+
+    def __init__(self, model: nn.Module, kernels: Kernels) -> None:
+        self.model = model
+        head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
+        self.head = OutputHead(head.weight, kernels)
+        self._linears = {
+            path: Frozen([module])
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+        }
+        if not self._linears:
+            raise FailedPrecondition("This model has no linear layers that an adapter could be put on.")
+
+    @contextmanager
+    def adapted(self, rank: int, alpha: float) -> Iterator[Network]:
+        """Yield the network of one job; afterwards the model is as before."""
+        modules = {path: self.model.get_submodule(path) for path in self._linears}
+        adapter = Adapter([[{path: linear}] for path, linear in modules.items()], rank, alpha)  # type: ignore[dict-item]
+        try:
+            for (path, frozen), stack in zip(self._linears.items(), adapter.stacks, strict=True):
+                self.model.set_submodule(path, _Adapted(Projection(frozen, stack)))
+            yield ModuleNetwork(self, adapter)
+        finally:
+            for path, linear in modules.items():
+                self.model.set_submodule(path, linear)
+
+
+class ModuleNetwork:
+    """The backward pass by autograd, through modules on padded rows."""
+
+    def __init__(self, frozen: FrozenModules, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self._model, self._head = frozen.model, frozen.head
+
+    def learn(self, batch: Batch, weight: float) -> float:
+        """Return the summed loss of a batch, in nats, and add `weight` times its gradient to the adapter's."""
+        with torch.enable_grad():
+            hidden = self._hidden(batch)
+        loss, gradient = self._head.learn(hidden.detach(), batch.targets)
+        hidden.backward(gradient.mul_(weight).to(hidden.dtype))  # type: ignore[no-untyped-call]
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the loss at each target, in nats, and whether the target is the most probable token."""
+        return self._head.evaluate(self._hidden(batch), batch.targets)
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        # The padding is on the right, where no token looks: it needs no mask.
+        found = self._model.base_model(input_ids=batch.padded(batch.tokens), use_cache=False)  # type: ignore[operator]
+        return batch.unpadded(found.last_hidden_state)[batch.places]
+
+
+class _Adapted(nn.Module):
+    """A frozen linear layer with its adapter, for autograd."""
+
+    def __init__(self, projection: Projection) -> None:
+        super().__init__()
+        self._projection = projection
+        # Frozen embeddings have no gradient, and autograd leaves out what nothing that has one went into.
+        self._anchor = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output with the adapter's part added."""
+        y: Tensor = _Product.apply(x, self._anchor, self._projection)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _anchor: Tensor, projection: Projection) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y, low = projection.forward(rows)
+        ctx.projection, ctx.shape = projection, x.shape
+        ctx.save_for_backward(rows, low)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None]:
+        rows, low = ctx.saved_tensors
+        upstream = upstream.reshape(-1, upstream.shape[-1])
+        if not ctx.needs_input_grad[0]:
+            ctx.projection.learn(upstream, rows, low)
+            return None, None, None
+        return ctx.projection.backward(upstream, rows, low).view(ctx.shape), None, None
