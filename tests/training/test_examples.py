@@ -42,12 +42,12 @@ def test_every_answer_is_learnt_and_nothing_else(name: str, system: str | None) 
     assert learnt(one) == ["two", "four", "six"]
     assert one.learnt == sum(len(FORMATS[name].output(TOKENIZER, text)) for text in TEXTS[1::2])
     batch = collate([one, Row([5, 6, 7], [8, 9])], torch.device("cpu"))
-    assert batch.targets.tolist() == [
+    assert batch.targets[: batch.learnt].tolist() == [
         *(token for start, end in one.answers for token in (one.prompt + one.output)[start:end]),
         8,
         9,
     ]
-    assert torch.equal(batch.tokens[batch.places + 1], batch.targets)
+    assert torch.equal(batch.tokens[batch.places[: batch.learnt] + 1], batch.targets[: batch.learnt])
 
 
 @pytest.mark.parametrize("name", ["labelled", "chatml"])

@@ -12,16 +12,22 @@ from tunesmith.training.examples import Row
 from tunesmith.training.kernels import ShortRows
 
 
+FEW_TOKENS, STEP_OF_FEW, STEP_OF_MANY, STEP_OF_TARGETS = 256, 32, 64, 8
+"""A batch is filled up to multiples of these: a number of tokens that was not seen before costs the making of some
+thirty kernels."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows behind one another; a row sees only itself.
 
     Attributes:
-        tokens: (tokens,) ids.
+        tokens: (tokens,) ids; at the end some that belong to no row, but make one of their own.
         positions: (tokens,) where in its row each token stands.
-        lengths: The rows' lengths.
-        places: (targets,) which tokens' hidden states predict a target.
-        targets: (targets,) answers' tokens to be predicted.
+        lengths: The rows' lengths, with the last one's.
+        places: (places,) which tokens' hidden states predict a target; at the end some that predict none.
+        targets: (places,) answers' tokens to be predicted, and 0 where there is none.
+        learnt: How many of them count.
     """
 
     tokens: Tensor
@@ -29,6 +35,7 @@ class Batch:
     lengths: tuple[int, ...]
     places: Tensor
     targets: Tensor
+    learnt: int
 
     @property
     def width(self) -> int:
@@ -80,12 +87,17 @@ def collate(rows: Sequence[Row], device: torch.device) -> Batch:
         for first, end in row.answers:
             places += range(start + first - 1, start + end - 1)
             targets += ids[first:end]
+    learnt, length = len(targets), len(tokens)
+    spare = -learnt % STEP_OF_TARGETS
+    fill = spare + -(length + spare) % (STEP_OF_FEW if length <= FEW_TOKENS else STEP_OF_MANY)
+    places += range(length, length + spare)
     return Batch(
-        torch.tensor(tokens, device=device),
-        torch.tensor(positions, device=device),
-        tuple(map(len, rows)),
+        torch.tensor(tokens + [0] * fill, device=device),
+        torch.tensor([*positions, *range(fill)], device=device),
+        (*map(len, rows), fill) if fill else tuple(map(len, rows)),
         torch.tensor(places, device=device),
-        torch.tensor(targets, device=device),
+        torch.tensor(targets + [0] * spare, device=device),
+        learnt,
     )
 
 

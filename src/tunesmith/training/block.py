@@ -31,12 +31,29 @@ class Context(NamedTuple):
 
 
 class FrozenBlock:
-    """A layer of the base model, in the layouts that training reads fastest; jobs take turns on it."""
+    """A layer of the base model, in the layouts that training reads fastest; jobs take turns on it.
+
+    Attributes:
+        groups: The shapes, out_features and in_features, of its linear layers, by their paths.
+        linears: The layers of each group.
+        heads: Of its attention.
+        kind: Of its activation.
+        eps: Of its norms.
+        factor: Of the norm of queries and keys, if there is one.
+        before_attention, after_attention, before_mlp, after_mlp: Factors of the norms that there are.
+    """
 
     def __init__(self, layer: Layer) -> None:
-        self.layer = layer
-        self.groups = [{path: layer.linear(path) for path in group} for group in GROUPS]
-        self.linears = [Frozen([*group.values()]) for group in self.groups]
+        groups = [{path: layer.linear(path) for path in group} for group in GROUPS]
+        self.groups = [{path: linear.weight.shape for path, linear in group.items()} for group in groups]
+        self.linears = [Frozen([*group.values()]) for group in groups]
+        own = layer.self_attn
+        self.heads = Heads(own.heads, own.heads // own.groups, own.size, own.scale)
+        self.kind, self.eps, self.factor = layer.mlp.kind, own.eps, own.factor
+        before_mlp = layer.pre_feedforward_layernorm if layer.around else layer.post_attention_layernorm
+        self.before_attention, self.before_mlp = layer.input_layernorm.factor, before_mlp.factor
+        self.after_attention = layer.post_attention_layernorm.factor if layer.around else None
+        self.after_mlp = layer.post_feedforward_layernorm.factor if layer.around else None
 
 
 class _Attending(NamedTuple):
@@ -74,22 +91,11 @@ class Kept(NamedTuple):
 
 
 class Block:
-    """A layer with its adapters: attention and gated products, each added to what came in.
-
-    Attributes:
-        heads: Of its attention.
-    """
+    """A layer with its adapters: attention and gated products, each added to what came in."""
 
     def __init__(self, frozen: FrozenBlock, projections: Sequence[Projection], kernels: Kernels) -> None:
-        layer, own = frozen.layer, frozen.layer.self_attn
-        self._kernels, self._kind = kernels, layer.mlp.kind
-        self.heads = Heads(own.heads, own.heads // own.groups, own.size, own.scale)
-        self._eps, self._factor = own.eps, own.factor
+        self._frozen, self._kernels = frozen, kernels
         self._qkv, self._o, self._gate_up, self._down = projections
-        before_mlp = layer.pre_feedforward_layernorm if layer.around else layer.post_attention_layernorm
-        self._before_attention, self._before_mlp = layer.input_layernorm.factor, before_mlp.factor
-        self._after_attention = layer.post_attention_layernorm.factor if layer.around else None
-        self._after_mlp = layer.post_feedforward_layernorm.factor if layer.around else None
 
     def forward(self, x: Tensor, context: Context, places: Tensor | None = None) -> tuple[Tensor, Kept]:
         """Return the layer's output and what `backward` takes.
@@ -116,17 +122,17 @@ class Block:
         return self._attend_back(gradient, kept.attending, kept.places, context, to_input)
 
     def _attend(self, x: Tensor, context: Context, places: Tensor | None) -> tuple[Tensor, _Attending]:
-        normed, inverse = self._kernels.norm(x, self._before_attention, self._eps)
+        normed, inverse = self._kernels.norm(x, self._frozen.before_attention, self._frozen.eps)
         qkv, low = self._qkv.forward(normed)
-        heads = qkv.view(len(x), -1, self.heads.size)
-        turning = self.heads.queries + self.heads.keys
-        turned, turned_inverse = self._kernels.turn(heads, turning, context.turns, self._factor, self._eps)
+        heads = qkv.view(len(x), -1, self._frozen.heads.size)
+        turning = self._frozen.heads.queries + self._frozen.heads.keys
+        turned, turned_inverse = self._kernels.turn(heads, turning, context.turns, self._frozen.factor, self._frozen.eps)
         gathered, attended = context.attention.forward(turned, heads)
         left = x
         if places is not None:
             left, gathered = x[places], gathered[places]
         out, out_low = self._o.forward(gathered)
-        added, out_inverse = self._add(left, out, self._after_attention)
+        added, out_inverse = self._add(left, out, self._frozen.after_attention)
         kept = _Attending(
             x, inverse, normed, low, heads, turned_inverse, attended, gathered, out_low, out, out_inverse
         )
@@ -135,41 +141,41 @@ class Block:
     def _attend_back(
         self, gradient: Tensor, kept: _Attending, places: Tensor | None, context: Context, to_input: bool
     ) -> Tensor:
-        upstream = self._of_added(gradient, kept.out, kept.out_inverse, self._after_attention)
+        upstream = self._of_added(gradient, kept.out, kept.out_inverse, self._frozen.after_attention)
         of_gathered = self._o.backward(upstream, kept.gathered, kept.out_low)
         if places is not None:
             gradient, of_gathered = (_spread(part, places, len(kept.x)) for part in (gradient, of_gathered))
         gradients = context.attention.backward(of_gathered, kept.attended)
         of_heads = self._kernels.turn_back(
-            gradients, kept.heads, kept.turned_inverse, context.turns, self._factor
+            gradients, kept.heads, kept.turned_inverse, context.turns, self._frozen.factor
         ).flatten(1)
         if not to_input:
             self._qkv.learn(of_heads, kept.normed, kept.low)
             return gradient
         of_normed = self._qkv.backward(of_heads, kept.normed, kept.low)
-        self._kernels.norm_back_add(of_normed, kept.x, kept.inverse, self._before_attention, gradient)
+        self._kernels.norm_back_add(of_normed, kept.x, kept.inverse, self._frozen.before_attention, gradient)
         return gradient
 
     def _multiply(self, x: Tensor) -> tuple[Tensor, _Multiplying]:
-        normed, inverse = self._kernels.norm(x, self._before_mlp, self._eps)
+        normed, inverse = self._kernels.norm(x, self._frozen.before_mlp, self._frozen.eps)
         gate_and_up, low = self._gate_up.forward(normed)
-        product = self._kernels.gate(self._kind, gate_and_up)
+        product = self._kernels.gate(self._frozen.kind, gate_and_up)
         out, out_low = self._down.forward(product)
-        added, out_inverse = self._add(x, out, self._after_mlp)
+        added, out_inverse = self._add(x, out, self._frozen.after_mlp)
         kept = _Multiplying(x, inverse, normed, low, gate_and_up, product, out_low, out, out_inverse)
         return added, kept
 
     def _multiply_back(self, gradient: Tensor, kept: _Multiplying) -> Tensor:
-        upstream = self._of_added(gradient, kept.out, kept.out_inverse, self._after_mlp)
+        upstream = self._of_added(gradient, kept.out, kept.out_inverse, self._frozen.after_mlp)
         of_product = self._down.backward(upstream, kept.product, kept.out_low)
-        of_both = self._kernels.gate_back(self._kind, of_product, kept.gate_and_up)
+        of_both = self._kernels.gate_back(self._frozen.kind, of_product, kept.gate_and_up)
         of_normed = self._gate_up.backward(of_both, kept.normed, kept.low)
-        self._kernels.norm_back_add(of_normed, kept.x, kept.inverse, self._before_mlp, gradient)
+        self._kernels.norm_back_add(of_normed, kept.x, kept.inverse, self._frozen.before_mlp, gradient)
         return gradient
 
     def _add(self, x: Tensor, out: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return x plus what was made of it, normalised where the model does so."""
-        return (x + out, None) if factor is None else self._kernels.add_norm(x, out, factor, self._eps)
+        return (x + out, None) if factor is None else self._kernels.add_norm(x, out, factor, self._frozen.eps)
 
     def _of_added(self, gradient: Tensor, out: Tensor, inverse: Tensor | None, factor: Tensor | None) -> Tensor:
         """Return the gradient of what was added."""

@@ -5,6 +5,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any, Self
 
@@ -103,14 +104,15 @@ class Base:
     def load(cls, weights: Weights, device: torch.device) -> Self:
         """Load a base model from the cache."""
         dtype = compute_dtype(device)
-        model = decoder.load(weights.path, device, dtype)
+        load = partial(decoder.load, weights.path, device, dtype)
+        model = load()
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(model.config, name, None) not in (None, 1, 1.0):
                 raise FailedPrecondition(
                     f"models/{weights.model.id} cannot be tuned: its {name} is not supported."
                 )
         fastest = kernels.find(device, dtype, weights.path.parent.parent / "kernels")
-        return cls(weights, freeze(model, fastest), weights.tokenizer(), device)
+        return cls(weights, freeze(model, fastest, load), weights.tokenizer(), device)
 
 
 class TuningRun:

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import torch
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from tunesmith.errors import FailedPrecondition
 
@@ -112,9 +112,12 @@ class Adapter:
     step are a few operations and not a few hundred.
 
     Args:
-        stacks: The linear layers by their paths: for each kind a mapping a block, whose layers share their input.
+        stacks: The linear layers' shapes, out_features and in_features, by their paths: for each kind a mapping a
+            block, whose layers share their input.
         rank: Of each layer's adapter.
         alpha: B A is multiplied by alpha / rank.
+        device: The base's.
+        dtype: The base's precision.
 
     Attributes:
         weights: The flat weights.
@@ -124,20 +127,24 @@ class Adapter:
         stacks: The same, as passes take them, in the order of the argument.
     """
 
-    def __init__(self, stacks: Sequence[Sequence[Mapping[str, nn.Linear]]], rank: int, alpha: float) -> None:
+    def __init__(
+        self,
+        stacks: Sequence[Sequence[Mapping[str, Sequence[int]]]],
+        rank: int,
+        alpha: float,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         self.rank, self.alpha = rank, alpha
-        base = next(iter(stacks[0][0].values())).weight
-        every = [linear for stack in stacks for block in stack for linear in block.values()]
-        total = sum(rank * (linear.in_features + linear.out_features) for linear in every)
-        self.weights = torch.zeros(total, device=base.device)
+        shapes = [shape for stack in stacks for block in stack for shape in block.values()]
+        self.weights = torch.zeros(rank * sum(map(sum, shapes)), device=device)
         self.gradient = torch.zeros_like(self.weights)
-        self.copy = self.weights.to(base.dtype, copy=True)
+        self.copy = self.weights.to(dtype, copy=True)
         self.stacks: list[LoraStack] = []
         start = 0
         for stack in stacks:
-            linears = list(stack[0].values())
-            outs = [linear.out_features for linear in linears]
-            self.stacks += [LoraStack(self, start, len(stack), linears[0].in_features, outs)]
+            outs, widths = zip(*stack[0].values(), strict=True)
+            self.stacks += [LoraStack(self, start, len(stack), widths[0], outs)]
             start = self.stacks[-1].end
         self.layers = {
             path: own.layer(block, number)

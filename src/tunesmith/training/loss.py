@@ -17,28 +17,32 @@ class OutputHead:
     The only gradient is the hidden states', which the forward pass makes at once.
 
     Args:
-        weight: (vocabulary, width).
+        weight: (vocabulary, width); where it is packed it is not kept.
         kernels: For its device and precision.
     """
 
     def __init__(self, weight: Tensor, kernels: Kernels) -> None:
-        self._weight, self._kernels = weight.detach(), kernels
-        self._forward = linear(self._weight, None)
-        self._backward = linear(self._weight.T.contiguous(), None)
+        self._kernels = kernels
+        self._forward = linear(weight, None)
+        self._backward = linear(weight.T, None)
 
-    def learn(self, hidden: Tensor, targets: Tensor) -> tuple[float, Tensor]:
+    def learn(self, hidden: Tensor, weight: Tensor, targets: Tensor, learnt: int) -> tuple[float, Tensor]:
         """Return the summed cross-entropy in nats and its gradient, (n, width) in fp32.
 
         Args:
             hidden: (n, width) final hidden states of the positions that predict the targets.
+            weight: The head's, of which the targets' rows are read.
             targets: (n,) token ids.
+            learnt: How many of them count: the first ones.
         """
         total, gradients = 0.0, []
         for part, target in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):
             losses, powers, sums = self._kernels.softmax(self._forward(part), target)
-            total += losses.sum().item()
-            expected = self._backward(powers).float().div_(sums[:, None])
-            gradients.append(expected.sub_(self._weight[target]))
+            total += losses[: max(0, learnt)].sum().item()
+            gradient = self._backward(powers).float().div_(sums[:, None]).sub_(weight[target])
+            gradient[max(0, learnt) :] = 0.0
+            learnt -= len(part)
+            gradients.append(gradient)
         return total, torch.cat(gradients)
 
     def evaluate(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

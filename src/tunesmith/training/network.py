@@ -1,6 +1,6 @@
 """A frozen base model with a trainable adapter: the loss of a batch, and the adapter's gradient."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tunesmith.base_models.decoder import SLIDING, CausalLM
+from tunesmith.engines.linear import packs
 from tunesmith.errors import FailedPrecondition
 from tunesmith.training.attention import attention
 from tunesmith.training.batches import Batch
@@ -45,35 +46,46 @@ class FrozenNetwork(Protocol):
         """Put an adapter on every linear layer but the head for as long as the context lasts."""
 
 
-def freeze(model: Any, kernels: Kernels) -> FrozenNetwork:
+def freeze(model: Any, kernels: Kernels, again: Callable[[], Any]) -> FrozenNetwork:
     """Return a base model as training takes it.
 
     Args:
         model: A `decoder.CausalLM`, or transformers' own.
         kernels: For its device and precision.
+        again: Loads the same model.
     """
-    return FrozenDecoder(model, kernels) if isinstance(model, CausalLM) else FrozenModules(model, kernels)
+    return FrozenDecoder(model, kernels, again) if isinstance(model, CausalLM) else FrozenModules(model, kernels)
 
 
 class FrozenDecoder:
-    """A decoder that is known here, in the layouts that training reads fastest."""
+    """A decoder that is known here, in the layouts that training reads fastest.
 
-    def __init__(self, model: CausalLM, kernels: Kernels) -> None:
-        self.body, self.kernels = model.base_model, kernels
-        self.head = OutputHead(model.lm_head.weight, kernels)
+    Args:
+        model: The decoder.
+        kernels: For its device and precision.
+        again: Loads it once more: what is packed is not kept, but the pages of the file that were read for it are
+            held as long as the model is; of the second one only embeddings are read.
+    """
+
+    def __init__(self, model: CausalLM, kernels: Kernels, again: Callable[[], CausalLM]) -> None:
+        self.kernels = kernels
+        self.head = OutputHead(model.lm_head.weight.detach(), kernels)
         self.blocks = [FrozenBlock(layer) for layer in model.base_model.decoder_layers]
+        if packs(model.lm_head.weight):
+            model = again()
+        self.body, self.words = model.base_model, model.lm_head.weight.detach()
 
     @contextmanager
     def adapted(self, rank: int, alpha: float) -> Iterator[Network]:
         """Yield the network of one job."""
         kinds = [
             [
-                {f"model.layers.{number}.{path}": linear for path, linear in block.groups[kind].items()}
+                {f"model.layers.{number}.{path}": shape for path, shape in block.groups[kind].items()}
                 for number, block in enumerate(self.blocks)
             ]
             for kind in range(len(GROUPS))
         ]
-        yield DecoderNetwork(self, Adapter(kinds, rank, alpha))
+        yield DecoderNetwork(self, Adapter(kinds, rank, alpha, self.words.device, self.words.dtype))
 
 
 class DecoderNetwork:
@@ -81,7 +93,8 @@ class DecoderNetwork:
 
     def __init__(self, frozen: FrozenDecoder, adapter: Adapter) -> None:
         self.adapter = adapter
-        self._body, self._head, self._kernels = frozen.body, frozen.head, frozen.kernels
+        self._body, self._words, self._head = frozen.body, frozen.words, frozen.head
+        self._kernels, self._heads = frozen.kernels, frozen.blocks[0].heads
         self._tapes = [Tape(stack, MOST_KEPT_TOKENS * stack.blocks) for stack in adapter.stacks]
         self._blocks = [
             Block(
@@ -106,7 +119,7 @@ class DecoderNetwork:
             kept.append(seen if len(batch.tokens) <= MOST_KEPT_TOKENS else before)
         norm = self._body.norm
         hidden, inverse = self._kernels.norm(x, norm.factor, norm.eps)
-        loss, of_hidden = self._head.learn(hidden, batch.targets)
+        loss, of_hidden = self._head.learn(hidden, self._words, batch.targets, batch.learnt)
         gradient = torch.zeros_like(of_hidden)
         of_hidden = of_hidden.mul_(weight).to(x.dtype)
         self._kernels.norm_back_add(of_hidden, x, inverse, norm.factor, gradient)
@@ -126,11 +139,11 @@ class DecoderNetwork:
         x = self._body.embed(batch.tokens)
         for block, context, places in self._layers(batch):
             x = block.forward(x, context, places)[0]
-        return self._head.evaluate(self._body.norm(x), batch.targets)
+        return self._head.evaluate(self._body.norm(x)[: batch.learnt], batch.targets[: batch.learnt])
 
     def _layers(self, batch: Batch) -> list[tuple[Block, Context, Tensor | None]]:
         """Return the layers, what they know of the batch, and which tokens' outputs are wanted of each."""
-        config, heads = self._body.config, self._blocks[0].heads
+        config, heads = self._body.config, self._heads
         contexts = {
             kind: Context(
                 turns, attention(batch, heads, config.sliding_window if kind == SLIDING else None, self._kernels)
@@ -148,7 +161,8 @@ class FrozenModules:
     def __init__(self, model: nn.Module, kernels: Kernels) -> None:
         self.model = model
         head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
-        self.head = OutputHead(head.weight, kernels)
+        self.words = head.weight.detach()
+        self.head = OutputHead(self.words, kernels)
         self._linears = {
             path: Frozen([module])
             for path, module in model.named_modules()
@@ -161,7 +175,8 @@ class FrozenModules:
     def adapted(self, rank: int, alpha: float) -> Iterator[Network]:
         """Yield the network of one job; afterwards the model is as before."""
         modules = {path: self.model.get_submodule(path) for path in self._linears}
-        adapter = Adapter([[{path: linear}] for path, linear in modules.items()], rank, alpha)  # type: ignore[dict-item]
+        shapes = [[{path: linear.weight.shape}] for path, linear in modules.items()]
+        adapter = Adapter(shapes, rank, alpha, self.words.device, self.words.dtype)  # type: ignore[arg-type]
         try:
             for (path, frozen), stack in zip(self._linears.items(), adapter.stacks, strict=True):
                 self.model.set_submodule(path, _Adapted(Projection(frozen, stack)))
@@ -176,20 +191,20 @@ class ModuleNetwork:
 
     def __init__(self, frozen: FrozenModules, adapter: Adapter) -> None:
         self.adapter = adapter
-        self._model, self._head = frozen.model, frozen.head
+        self._model, self._words, self._head = frozen.model, frozen.words, frozen.head
 
     def learn(self, batch: Batch, weight: float) -> float:
         """Return the summed loss of a batch, in nats, and add `weight` times its gradient to the adapter's."""
         with torch.enable_grad():
             hidden = self._hidden(batch)
-        loss, gradient = self._head.learn(hidden.detach(), batch.targets)
+        loss, gradient = self._head.learn(hidden.detach(), self._words, batch.targets, batch.learnt)
         hidden.backward(gradient.mul_(weight).to(hidden.dtype))  # type: ignore[no-untyped-call]
         return loss
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss at each target, in nats, and whether the target is the most probable token."""
-        return self._head.evaluate(self._hidden(batch), batch.targets)
+        return self._head.evaluate(self._hidden(batch)[: batch.learnt], batch.targets[: batch.learnt])
 
     def _hidden(self, batch: Batch) -> Tensor:
         # The padding is on the right, where no token looks: it needs no mask.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tunesmith.engines.linear import Linear, linear
+from tunesmith.engines.linear import Linear, linear, packs
 from tunesmith.training.lora import LoraStack
 
 FEW_TOKENS = 256
@@ -41,13 +41,13 @@ def _product(weight: Tensor, bias: Tensor | None) -> Linear:
     The choice depends on shapes alone, so that a resumed run rounds as an uninterrupted one.
     """
     out, width = weight.shape
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or out >= width:
-        return linear(weight.contiguous(), bias)
+    if not packs(weight) or out >= width:
+        return linear(weight, bias)
     if width >= LONG and out <= NARROW and bias is None:
-        halves = [linear(half.contiguous(), None) for half in weight.chunk(2)]
+        halves = [linear(half, None) for half in weight.chunk(2)]
         return lambda x: torch.cat([half(x) for half in halves], 1)
-    few = linear(weight.contiguous(), bias)
-    return lambda x: few(x) if len(x) <= FEW_TOKENS else functional.linear(x, weight, bias)
+    few, many = linear(weight, bias), weight.clone()
+    return lambda x: few(x) if len(x) <= FEW_TOKENS else functional.linear(x, many, bias)
 
 
 class Tape:
