@@ -12,9 +12,9 @@ from tunesmith.training.examples import Row
 from tunesmith.training.kernels import ShortRows
 
 
-FEW_TOKENS, STEP_OF_FEW, STEP_OF_MANY, STEP_OF_TARGETS = 256, 32, 64, 8
-"""A batch is filled up to multiples of these: a number of tokens that was not seen before costs the making of some
-thirty kernels."""
+FEW_TOKENS, STEP_OF_FEW, STEP_OF_MANY, STEP_OF_TARGETS = 128, 16, 32, 16
+"""A batch is filled up to multiples of these: matrix units take 16 rows at a time, and a number of tokens that was
+not seen before costs the making of some kernels."""
 
 
 @dataclass(frozen=True)

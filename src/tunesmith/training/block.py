@@ -43,10 +43,10 @@ class FrozenBlock:
         before_attention, after_attention, before_mlp, after_mlp: Factors of the norms that there are.
     """
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, kernels: Kernels) -> None:
         groups = [{path: layer.linear(path) for path in group} for group in GROUPS]
         self.groups = [{path: linear.weight.shape for path, linear in group.items()} for group in groups]
-        self.linears = [Frozen([*group.values()]) for group in groups]
+        self.linears = [Frozen([*group.values()], kernels) for group in groups]
         own = layer.self_attn
         self.heads = Heads(own.heads, own.heads // own.groups, own.size, own.scale)
         self.kind, self.eps, self.factor = layer.mlp.kind, own.eps, own.factor
@@ -126,7 +126,9 @@ class Block:
         qkv, low = self._qkv.forward(normed)
         heads = qkv.view(len(x), -1, self._frozen.heads.size)
         turning = self._frozen.heads.queries + self._frozen.heads.keys
-        turned, turned_inverse = self._kernels.turn(heads, turning, context.turns, self._frozen.factor, self._frozen.eps)
+        turned, turned_inverse = self._kernels.turn(
+            heads, turning, context.turns, self._frozen.factor, self._frozen.eps
+        )
         gathered, attended = context.attention.forward(turned, heads)
         left = x
         if places is not None:

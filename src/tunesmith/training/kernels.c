@@ -8,6 +8,13 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef _OPENMP
+#include <omp.h>
+#else
+#define omp_get_thread_num() 0
+#define omp_get_num_threads() 1
+#endif
+
 typedef uint16_t bf16;
 
 static inline float wide(bf16 x) {
@@ -307,3 +314,148 @@ void attend_back(ptrdiff_t rows, ptrdiff_t queries, ptrdiff_t keys, ptrdiff_t si
                 }
         }
 }
+
+/* Keep a layer's share in the adapters' gradients: `tokens` rows of each of four matrices, and 0 behind them. */
+void keep(ptrdiff_t rows, ptrdiff_t tokens, ptrdiff_t a, ptrdiff_t b, ptrdiff_t c, const bf16 *from_a, const bf16 *from_b,
+          const bf16 *from_c, const bf16 *from_d, bf16 *to_a, bf16 *to_b, bf16 *to_c, bf16 *to_d) {
+    const bf16 *from[] = {from_a, from_b, from_c, from_d};
+    bf16 *to[] = {to_a, to_b, to_c, to_d};
+    ptrdiff_t widths[] = {a, b, c, c};
+#pragma omp parallel for schedule(static)
+    for (ptrdiff_t row = 0; row < tokens; row++)
+        for (int side = 0; side < 4; side++) {
+            size_t bytes = (size_t)widths[side] * sizeof(bf16);
+            bf16 *own = to[side] + row * widths[side];
+            if (row < rows)
+                memcpy(own, from[side] + row * widths[side], bytes);
+            else
+                memset(own, 0, bytes);
+        }
+}
+
+/* Products of few rows with large frozen matrices are bound by reading these: packed for the matrix unit (Intel's
+   AMX, Architecture Instruction Set Extensions, chapter 3) they are read once, from the first byte to the last, and
+   the adapter's product is added before the result leaves the unit.
+
+   A tile of a packed matrix W (out, in) has 16 outputs of 32 inputs: for each pair of inputs, the 16 outputs' weights
+   of both, 1 KiB in all. The tiles of 16 outputs lie behind one another. */
+
+#if defined(__AMX_BF16__) && defined(__linux__)
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18, TILE = 512, HELD_BYTES = 1 << 20 };
+
+/* Linux lets a process use the tiles once it has asked (Documentation/arch/x86/xstate.rst). */
+ptrdiff_t has_matrix_unit(void) { return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0; }
+
+static void configure(void) {
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t columns[16];
+        uint8_t rows[16];
+    } tiles = {.palette = 1};
+    for (int i = 0; i < 8; i++) tiles.columns[i] = 64, tiles.rows[i] = 16;
+    _tile_loadconfig(&tiles);
+}
+
+/* W[o][i] = w[o x out_step + i x in_step] for o < out and i < in, else 0, of `count` matrices; `all_out` and `all_in`
+   are multiples of 16 and 32. */
+void pack(ptrdiff_t count, ptrdiff_t step, ptrdiff_t out, ptrdiff_t in, ptrdiff_t all_out, ptrdiff_t all_in,
+          ptrdiff_t out_step, ptrdiff_t in_step, const bf16 *w, bf16 *packed) {
+#pragma omp parallel for collapse(2) schedule(static)
+    for (ptrdiff_t matrix = 0; matrix < count; matrix++)
+        for (ptrdiff_t o = 0; o < all_out; o += 16)
+            for (ptrdiff_t i = 0; i < all_in; i += 32) {
+                const bf16 *from = w + matrix * step + o * out_step + i * in_step;
+                bf16 *tile = packed + matrix * all_out * all_in + o * all_in + i * 16;
+                ptrdiff_t outs = out - o < 16 ? out - o : 16, ins = in - i < 32 ? in - i : 32;
+                if (outs < 16 || ins < 32) memset(tile, 0, TILE * sizeof(bf16));
+                if (in_step == 1)
+                    for (ptrdiff_t b = 0; b < outs; b++)
+                        for (ptrdiff_t a = 0; a < ins; a++) tile[(a / 2) * 32 + b * 2 + a % 2] = from[b * out_step + a];
+                else
+                    for (ptrdiff_t a = 0; a < ins; a++)
+                        for (ptrdiff_t b = 0; b < outs; b++)
+                            tile[(a / 2) * 32 + b * 2 + a % 2] = from[b * out_step + a * in_step];
+            }
+}
+
+static inline void store(const float *tile, bf16 *y, ptrdiff_t width) {
+    for (int row = 0; row < 16; row++)
+        for (int i = 0; i < 16; i++) y[row * width + i] = narrow(tile[row * 16 + i]);
+}
+
+/* Add the products of two times 16 rows and two times 16 outputs to the tiles 0 to 3. */
+static inline void multiply(ptrdiff_t tiles, const bf16 *x0, const bf16 *x1, ptrdiff_t width, const bf16 *w0,
+                            const bf16 *w1) {
+    for (ptrdiff_t i = 0; i < tiles; i++) {
+        _tile_loadd(4, w0 + i * TILE, 64);
+        _tile_loadd(5, w1 + i * TILE, 64);
+        _tile_loadd(6, x0 + i * 32, width * 2);
+        _tile_loadd(7, x1 + i * 32, width * 2);
+        _tile_dpbf16ps(0, 6, 4);
+        _tile_dpbf16ps(1, 6, 5);
+        _tile_dpbf16ps(2, 7, 4);
+        _tile_dpbf16ps(3, 7, 5);
+    }
+}
+
+/* Rows from `row` to `end` of y = x W^T + low B^T, and of these the blocks of 16 outputs from `first` to `last`. */
+static void part(ptrdiff_t row, ptrdiff_t end, ptrdiff_t first, ptrdiff_t last, ptrdiff_t in, const bf16 *x,
+                 const bf16 *w, ptrdiff_t ranks, const bf16 *low, const bf16 *b, bf16 *y, ptrdiff_t out) {
+    float tile[256] __attribute__((aligned(64)));
+    for (ptrdiff_t block = first; block < last; block += 2) {
+        ptrdiff_t other = block + 1 < last ? block + 1 : block;
+        for (ptrdiff_t r = row; r < end; r += 32) {
+            ptrdiff_t s = r + 16 < end ? r + 16 : r;
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            multiply(in / 32, x + r * in, x + s * in, in, w + block * 16 * in, w + other * 16 * in);
+            if (ranks)
+                multiply(ranks / 32, low + r * ranks, low + s * ranks, ranks, b + block * 16 * ranks,
+                         b + other * 16 * ranks);
+            _tile_stored(0, tile, 64);
+            store(tile, y + r * out + block * 16, out);
+            _tile_stored(1, tile, 64);
+            store(tile, y + r * out + other * 16, out);
+            _tile_stored(2, tile, 64);
+            store(tile, y + s * out + block * 16, out);
+            _tile_stored(3, tile, 64);
+            store(tile, y + s * out + other * 16, out);
+        }
+    }
+}
+
+/* low = x A^T and y = x W^T + low B^T; without ranks y = x W^T. Rows are a multiple of 16. */
+void product(ptrdiff_t rows, ptrdiff_t out, ptrdiff_t in, ptrdiff_t ranks, const bf16 *x, const bf16 *w, const bf16 *a,
+             const bf16 *b, bf16 *low, bf16 *y) {
+    ptrdiff_t blocks = out / 16, pairs = (blocks + 1) / 2;
+    ptrdiff_t held = HELD_BYTES / (in * 2) / 32 * 32; /* rows of x that stay in the cache */
+    if (held < 64) held = 64;
+#pragma omp parallel
+    {
+        ptrdiff_t me = omp_get_thread_num(), all = omp_get_num_threads();
+        configure();
+        if (ranks) {
+            part(rows / 16 * me / all * 16, rows / 16 * (me + 1) / all * 16, 0, ranks / 16, in, x, a, 0, NULL, NULL,
+                 low, ranks);
+#pragma omp barrier
+        }
+        ptrdiff_t first = pairs * me / all * 2, last = pairs * (me + 1) / all * 2;
+        if (last > blocks) last = blocks;
+        for (ptrdiff_t row = 0; row < rows; row += held)
+            part(row, row + held < rows ? row + held : rows, first, last, in, x, w, ranks, low, b, y, out);
+        _tile_release();
+    }
+}
+
+#else
+
+ptrdiff_t has_matrix_unit(void) { return 0; }
+
+#endif

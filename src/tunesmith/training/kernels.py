@@ -295,20 +295,92 @@ class CompiledKernels:
         self._call("softmax", *logits.shape, logits, targets, powers, sums, losses)
         return losses, powers, sums
 
+    def keep(self, places: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+        """Copy four matrices to their places, which may have more rows: these become 0."""
+        x, gradient, low, _ = places
+        self._call("keep", parts[0].shape[0], *x.shape, gradient.shape[1], low.shape[1], *parts, *places)
+
     def _call(self, name: str, *arguments: Any) -> None:
         """Call a function; sizes are ptrdiff_t, other numbers float, tensors their addresses."""
-        function = getattr(self._library, name)
-        function(*map(_argument, arguments))
+        getattr(self._library, name)(
+            *[_address(value) if isinstance(value, Tensor) else value for value in arguments]
+        )
 
 
-def _argument(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        if not value.is_contiguous():
-            raise ValueError("a kernel takes contiguous tensors")
-        return ctypes.c_void_p(value.data_ptr())
-    if isinstance(value, float):
-        return ctypes.c_float(value)
-    return ctypes.c_void_p(None) if value is None else ctypes.c_ssize_t(value)
+class MatrixUnitKernels(CompiledKernels):
+    """The same on a CPU with Intel's matrix unit, and products with frozen matrices besides."""
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Return whether `product` takes matrices of a shape, either way round."""
+        return all(side % 32 == 0 for side in shape)
+
+    def pack(self, weight: Tensor, packed: Tensor | None = None, shape: Sequence[int] | None = None) -> Tensor:
+        """Return matrices, (count, out, in) or one of them, as `product` takes them.
+
+        Args:
+            weight: bfloat16, of any strides.
+            packed: What was made for earlier ones, to be overwritten.
+            shape: What out and in are filled up to with 0: multiples of 16 and 32.
+        """
+        *count, out, width = weight.shape
+        all_out, all_in = shape or (out, width)
+        if packed is None:
+            packed = weight.new_empty((*count, all_out * all_in))
+        matrices, step = (count[0], weight.stride(0)) if count else (1, 0)
+        sizes = matrices, step, out, width, all_out, all_in, weight.stride(-2), weight.stride(-1)
+        self._library.pack(*sizes, weight.data_ptr(), packed.data_ptr())
+        return packed
+
+    def product(
+        self, x: Tensor, weight: Tensor, out: int, pair: tuple[Tensor, Tensor], ranks: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return `x W^T + (x A^T) B^T` and `x A^T`.
+
+        Args:
+            x: (rows, in); rows are a multiple of 16.
+            weight: W, packed.
+            out: Its outputs.
+            pair: A and B, packed.
+            ranks: A's outputs.
+        """
+        rows, width = x.shape
+        y, low = x.new_empty((rows, out)), x.new_empty((rows, ranks))
+        self._call("product", rows, out, width, ranks, x, weight, *pair, low, y)
+        return y, low
+
+    def product_alone(self, x: Tensor, weight: Tensor, out: int) -> Tensor:
+        """Return `x W^T`; see `product`."""
+        rows, width = x.shape
+        y = x.new_empty((rows, out))
+        self._call("product", rows, out, width, 0, x, weight, None, None, None, y)
+        return y
+
+
+def _address(tensor: Tensor) -> int:
+    if not tensor.is_contiguous():
+        raise ValueError("a kernel takes contiguous tensors")
+    return tensor.data_ptr()
+
+
+_SIGNATURES = {
+    "norm": "sspp fpp",
+    "add_norm": "ssppp fpp",
+    "norm_back": "ss ppppp",
+    "norm_back_add": "ss ppppp",
+    "turn": "ssss pppp f pp",
+    "turn_back": "ssss ppp s pppppp",
+    "gate": "sss pp",
+    "gate_back": "sss ppp",
+    "attend": "ssss ppppp f pp",
+    "attend_back": "ssss ppppp f ppppp",
+    "softmax": "ss ppppp",
+    "keep": "sssss pppppppp",
+    "pack": "ssssssss pp",
+    "product": "ssss pppppp",
+    "has_matrix_unit": "",
+}
+"""The functions' arguments: s for a size, f for a float, p for an address."""
+_TYPES = {"s": ctypes.c_ssize_t, "f": ctypes.c_float, "p": ctypes.c_void_p}
 
 
 def find(device: torch.device, dtype: torch.dtype, cache: Path) -> Kernels:
@@ -320,7 +392,7 @@ def find(device: torch.device, dtype: torch.dtype, cache: Path) -> Kernels:
         cache: Directory of compiled libraries.
     """
     if device.type == "cpu" and dtype == torch.bfloat16 and (library := _library(cache)):
-        return CompiledKernels(library)
+        return MatrixUnitKernels(library) if library.has_matrix_unit() else CompiledKernels(library)
     return TorchKernels()
 
 
@@ -335,7 +407,13 @@ def _library(cache: Path) -> ctypes.CDLL | None:
     made = cache / f"kernels-{about.hexdigest()[:16]}.so"
     if not made.exists() and not _compile(compiler, source, made):
         return None
-    return ctypes.CDLL(str(made))
+    library = ctypes.CDLL(str(made))
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(library, name, None)
+        if function is not None:  # products only where there is a matrix unit
+            function.argtypes = [_TYPES[letter] for letter in arguments if letter != " "]
+            function.restype = ctypes.c_ssize_t if name == "has_matrix_unit" else None
+    return library
 
 
 def _cpu() -> str:

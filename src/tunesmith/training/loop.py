@@ -1,13 +1,14 @@
 """The training loop: yields a snapshot a step; whoever iterates decides what happens between two steps."""
 
+import logging
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from safetensors.torch import load, save
@@ -19,7 +20,7 @@ from tunesmith.base_models import decoder
 from tunesmith.base_models.device import compute_dtype
 from tunesmith.base_models.weights import Weights
 from tunesmith.errors import FailedPrecondition
-from tunesmith.training import hyperparameters, kernels
+from tunesmith.training import hyperparameters, kernels, memory
 from tunesmith.training.adam import Adam
 from tunesmith.training.batches import collate, micro_batches
 from tunesmith.training.examples import Row, order
@@ -31,6 +32,10 @@ MICRO_BATCH_TOKENS = 512
 """Tokens, padding counted, that go through the model at once: bounds the memory, changes no result."""
 PROBE_ROWS = 4
 CHECKPOINT_FILE = "checkpoint.safetensors"
+
+_Found = TypeVar("_Found")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,8 @@ class TuningRun:
         step: Steps done.
         kept_step: After which step, once settled, the weights were those of the adapter.
         total_steps: Steps in all, unless training stops early.
+        micro_batch_tokens: How many tokens, padding counted, may go through the model at once. Halved when memory
+            runs out, down to one row at a time: up to rounding that changes no result.
 
     Raises:
         FailedPrecondition: The adapter to start from has another shape.
@@ -162,6 +169,7 @@ class TuningRun:
         self.recipe = recipe or Recipe()
         self.total_steps = hyperparameters.total_steps(len(self._rows), given)
         self.step = self.kept_step = 0
+        self.micro_batch_tokens = MICRO_BATCH_TOKENS
         self._best = Best(options or Options())
         self._stack = ExitStack()
         self._network = self._stack.enter_context(base.network.adapted(self.recipe.rank, self.recipe.alpha))
@@ -195,7 +203,8 @@ class TuningRun:
         """Train from the current step to the last; then the adapter gets the weights to keep.
 
         Raises:
-            FailedPrecondition: The loss or the gradient is no longer a number.
+            FailedPrecondition: The loss or the gradient is no longer a number, or there is no memory for a single
+                row.
         """
         size = self._given.batch_size
         wanted = len(self._rows) * self._given.epoch_count
@@ -237,23 +246,65 @@ class TuningRun:
         """Validate when the last step completed an epoch."""
         if not self._held_out or self.epoch == self._best.epoch:
             return
-        scores = evaluate(self._network, self._held_out, self._base.device, MICRO_BATCH_TOKENS)
+        scores = self._within_memory(
+            self._held_out,
+            lambda most: evaluate(self._network, self._held_out, self._base.device, most),
+        )
         self._check(scores.loss, f"the validation loss after step {self.step}")
         best = self._best.offer(scores.loss, self.step, self.epoch, self.adapter.weights)
         yield Validation(self.step, self.epoch, scores.loss, scores.token_accuracy, scores.exact_match, best)
 
     def _train(self, batch: Sequence[Row]) -> tuple[float, float]:
         """Do one step; return the batch's mean loss, and the gradient's norm before it was clipped."""
-        weight = 1 / sum(row.learnt for row in batch)
-        total = 0.0
-        for rows in micro_batches(batch, MICRO_BATCH_TOKENS):
-            total += weight * self._network.learn(collate(rows, self._base.device), weight)
+        total = self._within_memory(batch, lambda most: self._learn(batch, most))
         norm = torch.linalg.vector_norm(self.adapter.gradient)
         self.adapter.gradient.mul_((self.recipe.clip_norm / (norm + 1e-6)).clamp_(max=1.0))
         self._optimizer.step(self.adapter.gradient, self._learning_rate())
         self.adapter.refresh()
-        self.adapter.gradient.zero_()
         return total, norm.item()
+
+    def _learn(self, batch: Sequence[Row], most_tokens: int) -> float:
+        """Return the batch's mean loss; its gradient, and nothing else, is the adapter's."""
+        self.adapter.gradient.zero_()  # also of what was left unfinished
+        weight = 1 / sum(row.learnt for row in batch)
+        total = 0.0
+        for rows in micro_batches(batch, most_tokens):
+            total += weight * self._network.learn(collate(rows, self._base.device), weight)
+        return total
+
+    def _within_memory(self, rows: Sequence[Row], act: Callable[[int], _Found]) -> _Found:
+        """Do something with rows that takes so many tokens at once; again with fewer when memory runs out."""
+        while True:
+            try:
+                return act(self.micro_batch_tokens)
+            except (MemoryError, RuntimeError) as error:
+                if not memory.ran_out(error):
+                    raise
+                logger.warning("step %d: %s", self.step + 1, error)
+            # Not in the handler: the error holds on to what was computed until then.
+            fewer = memory.less(rows, self.micro_batch_tokens)
+            if fewer is None:
+                raise FailedPrecondition(self._too_long(max(map(len, rows))))
+            self.micro_batch_tokens = fewer
+            memory.give_back(self._base.device)
+
+    def _too_long(self, tokens: int) -> str:
+        every = self._rows + self._held_out
+        alike = sum(len(row) >= tokens for row in every)
+        return (
+            f"There is not enough memory for step {self.step + 1}, not even for one example at a time. Its "
+            f"longest example has {tokens:,} tokens, and {alike:,} of all {len(every):,} are as long or longer: "
+            "shorten or split them, or ask the server's operator for more memory."
+        )
+
+    def be_frugal(self, one_by_one: bool) -> None:
+        """Take half the memory, or as little as possible: a process was killed, perhaps for taking too much.
+
+        Args:
+            one_by_one: Whether one row at a time goes through the model from now on.
+        """
+        longest = sorted(self._rows + self._held_out, key=len)[-self._given.batch_size :]
+        self.micro_batch_tokens = 1 if one_by_one else memory.less(longest, self.micro_batch_tokens) or 1
 
     def probe(self) -> dict[str, Any]:
         """Return a question whose answer tells this adapter from the base model.

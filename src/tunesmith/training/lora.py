@@ -78,8 +78,8 @@ class LoraStack:
         self.b.zero_()
 
     def add_gradient(self, blocks: slice, a_gradient: Tensor, b_gradient: Tensor) -> None:
-        """Add the gradients of some blocks' `a` and `b` to the adapter's."""
-        self._all_a(self._gradient)[blocks].add_(a_gradient)
+        """Add the gradients of some blocks' `a` and `b`, with more ranks or not, to the adapter's."""
+        self._all_a(self._gradient)[blocks].add_(a_gradient[:, : len(self._outs) * self._rank])
         for own, part in zip(self._all_b(self._gradient), self._parts(b_gradient), strict=True):
             own[blocks].add_(part, alpha=self._scale)
 
@@ -125,6 +125,7 @@ class Adapter:
         copy: The weights in the base's precision, as of the last `refresh`.
         layers: The adapters by their layers' paths, block after block.
         stacks: The same, as passes take them, in the order of the argument.
+        version: Changes with every refresh.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class Adapter:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.rank, self.alpha = rank, alpha
+        self.rank, self.alpha, self.version = rank, alpha, 0
         shapes = [shape for stack in stacks for block in stack for shape in block.values()]
         self.weights = torch.zeros(rank * sum(map(sum, shapes)), device=device)
         self.gradient = torch.zeros_like(self.weights)
@@ -161,6 +162,7 @@ class Adapter:
 
     def refresh(self) -> None:
         """Bring the copies in the base's precision up to date after the weights have changed."""
+        self.version += 1
         self.copy.copy_(self.weights)
         for stack in self.stacks:
             stack.refresh()
@@ -168,6 +170,7 @@ class Adapter:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Let the model answer without the adapter inside the block."""
+        self.version += 1
         for stack in self.stacks:
             stack.silence()
         try:

@@ -14,10 +14,10 @@ from tunesmith.errors import FailedPrecondition
 from tunesmith.training.attention import attention
 from tunesmith.training.batches import Batch
 from tunesmith.training.block import GROUPS, Block, Context, FrozenBlock, Kept
-from tunesmith.training.kernels import Kernels
+from tunesmith.training.kernels import Kernels, TorchKernels
 from tunesmith.training.lora import Adapter
 from tunesmith.training.loss import OutputHead
-from tunesmith.training.projection import Frozen, Projection, Tape
+from tunesmith.training.projection import Frozen, PackedPairs, Projection, Tape
 
 MOST_KEPT_TOKENS = 512
 """Of a longer row only the layers' inputs are kept; the backward pass computes the rest again."""
@@ -70,7 +70,7 @@ class FrozenDecoder:
     def __init__(self, model: CausalLM, kernels: Kernels, again: Callable[[], CausalLM]) -> None:
         self.kernels = kernels
         self.head = OutputHead(model.lm_head.weight.detach(), kernels)
-        self.blocks = [FrozenBlock(layer) for layer in model.base_model.decoder_layers]
+        self.blocks = [FrozenBlock(layer, kernels) for layer in model.base_model.decoder_layers]
         if packs(model.lm_head.weight):
             model = again()
         self.body, self.words = model.base_model, model.lm_head.weight.detach()
@@ -95,18 +95,26 @@ class DecoderNetwork:
         self.adapter = adapter
         self._body, self._words, self._head = frozen.body, frozen.words, frozen.head
         self._kernels, self._heads = frozen.kernels, frozen.blocks[0].heads
-        self._tapes = [Tape(stack, MOST_KEPT_TOKENS * stack.blocks) for stack in adapter.stacks]
+        kinds = list(zip(adapter.stacks, frozen.blocks[0].linears, strict=True))
+        self._pairs = [PackedPairs(stack, linear.unit) if linear.unit else None for stack, linear in kinds]
+        self._tapes = [
+            Tape(stack, pairs.ranks if pairs else stack.a.shape[1], MOST_KEPT_TOKENS * stack.blocks, self._kernels)
+            for stack, pairs in zip(adapter.stacks, self._pairs, strict=True)
+        ]
         self._blocks = [
             Block(
                 block,
                 [
-                    Projection(linear, stack, number, tape)
-                    for linear, stack, tape in zip(block.linears, adapter.stacks, self._tapes, strict=True)
+                    Projection(linear, stack, number, tape, pairs)
+                    for linear, stack, tape, pairs in zip(
+                        block.linears, adapter.stacks, self._tapes, self._pairs, strict=True
+                    )
                 ],
-                frozen.kernels,
+                self._kernels,
             )
             for number, block in enumerate(frozen.blocks)
         ]
+        self._version = 0
 
     @torch.no_grad()
     def learn(self, batch: Batch, weight: float) -> float:
@@ -142,7 +150,11 @@ class DecoderNetwork:
         return self._head.evaluate(self._body.norm(x)[: batch.learnt], batch.targets[: batch.learnt])
 
     def _layers(self, batch: Batch) -> list[tuple[Block, Context, Tensor | None]]:
-        """Return the layers, what they know of the batch, and which tokens' outputs are wanted of each."""
+        """Return the layers as they are now, what they know of the batch, and whose outputs are wanted of each."""
+        if self._version != self.adapter.version:
+            self._version = self.adapter.version
+            for pairs in filter(None, self._pairs):
+                pairs.refresh()
         config, heads = self._body.config, self._heads
         contexts = {
             kind: Context(
@@ -164,7 +176,7 @@ class FrozenModules:
         self.words = head.weight.detach()
         self.head = OutputHead(self.words, kernels)
         self._linears = {
-            path: Frozen([module])
+            path: Frozen([module], TorchKernels())
             for path, module in model.named_modules()
             if isinstance(module, nn.Linear) and module is not head
         }
