@@ -315,24 +315,6 @@ void attend_back(ptrdiff_t rows, ptrdiff_t queries, ptrdiff_t keys, ptrdiff_t si
         }
 }
 
-/* Keep a layer's share in the adapters' gradients: `tokens` rows of each of four matrices, and 0 behind them. */
-void keep(ptrdiff_t rows, ptrdiff_t tokens, ptrdiff_t a, ptrdiff_t b, ptrdiff_t c, const bf16 *from_a, const bf16 *from_b,
-          const bf16 *from_c, const bf16 *from_d, bf16 *to_a, bf16 *to_b, bf16 *to_c, bf16 *to_d) {
-    const bf16 *from[] = {from_a, from_b, from_c, from_d};
-    bf16 *to[] = {to_a, to_b, to_c, to_d};
-    ptrdiff_t widths[] = {a, b, c, c};
-#pragma omp parallel for schedule(static)
-    for (ptrdiff_t row = 0; row < tokens; row++)
-        for (int side = 0; side < 4; side++) {
-            size_t bytes = (size_t)widths[side] * sizeof(bf16);
-            bf16 *own = to[side] + row * widths[side];
-            if (row < rows)
-                memcpy(own, from[side] + row * widths[side], bytes);
-            else
-                memset(own, 0, bytes);
-        }
-}
-
 /* Products of few rows with large frozen matrices are bound by reading these: packed for the matrix unit (Intel's
    AMX, Architecture Instruction Set Extensions, chapter 3) they are read once, from the first byte to the last, and
    the adapter's product is added before the result leaves the unit.
@@ -343,10 +325,11 @@ void keep(ptrdiff_t rows, ptrdiff_t tokens, ptrdiff_t a, ptrdiff_t b, ptrdiff_t 
 #if defined(__AMX_BF16__) && defined(__linux__)
 
 #include <immintrin.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18, TILE = 512, HELD_BYTES = 1 << 20 };
+enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18, TILE = 512, HELD_BYTES = 1 << 20, LARGE_PAGE = 1 << 21 };
 
 /* Linux lets a process use the tiles once it has asked (Documentation/arch/x86/xstate.rst). */
 ptrdiff_t has_matrix_unit(void) { return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0; }
@@ -373,14 +356,22 @@ void pack(ptrdiff_t count, ptrdiff_t step, ptrdiff_t out, ptrdiff_t in, ptrdiff_
                 bf16 *tile = packed + matrix * all_out * all_in + o * all_in + i * 16;
                 ptrdiff_t outs = out - o < 16 ? out - o : 16, ins = in - i < 32 ? in - i : 32;
                 if (outs < 16 || ins < 32) memset(tile, 0, TILE * sizeof(bf16));
-                if (in_step == 1)
+                if (in_step == 1 && ins == 32)
                     for (ptrdiff_t b = 0; b < outs; b++)
-                        for (ptrdiff_t a = 0; a < ins; a++) tile[(a / 2) * 32 + b * 2 + a % 2] = from[b * out_step + a];
+                        for (ptrdiff_t pair = 0; pair < 16; pair++)
+                            memcpy(tile + pair * 32 + b * 2, from + b * out_step + pair * 2, 2 * sizeof(bf16));
                 else
                     for (ptrdiff_t a = 0; a < ins; a++)
                         for (ptrdiff_t b = 0; b < outs; b++)
                             tile[(a / 2) * 32 + b * 2 + a % 2] = from[b * out_step + a * in_step];
             }
+}
+
+/* Ask for large pages: the tables of small ones take as long to read as the numbers. */
+void spread(void *memory, ptrdiff_t bytes) {
+    uintptr_t first = ((uintptr_t)memory + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
+    uintptr_t end = ((uintptr_t)memory + (uintptr_t)bytes) / LARGE_PAGE * LARGE_PAGE;
+    if (end > first) madvise((void *)first, end - first, MADV_HUGEPAGE);
 }
 
 static inline void store(const float *tile, bf16 *y, ptrdiff_t width) {
@@ -400,6 +391,38 @@ static inline void multiply(ptrdiff_t tiles, const bf16 *x0, const bf16 *x1, ptr
         _tile_dpbf16ps(1, 6, 5);
         _tile_dpbf16ps(2, 7, 4);
         _tile_dpbf16ps(3, 7, 5);
+    }
+}
+
+/* The same for 16 rows and four times 16 outputs. */
+static inline void multiply_few(ptrdiff_t tiles, const bf16 *x, ptrdiff_t width, const bf16 *w, ptrdiff_t step) {
+    for (ptrdiff_t i = 0; i < tiles; i++) {
+        _tile_loadd(7, x + i * 32, width * 2);
+        _tile_loadd(4, w + i * TILE, 64);
+        _tile_dpbf16ps(0, 7, 4);
+        _tile_loadd(5, w + step + i * TILE, 64);
+        _tile_dpbf16ps(1, 7, 5);
+        _tile_loadd(6, w + 2 * step + i * TILE, 64);
+        _tile_dpbf16ps(2, 7, 6);
+        _tile_loadd(4, w + 3 * step + i * TILE, 64);
+        _tile_dpbf16ps(3, 7, 4);
+    }
+}
+
+/* 16 rows of y = x W^T, and of these the blocks of 16 outputs from `first` to `last`, four at a time. */
+static void few(ptrdiff_t first, ptrdiff_t last, ptrdiff_t in, const bf16 *x, const bf16 *w, bf16 *y, ptrdiff_t out) {
+    float tiles[4][256] __attribute__((aligned(64)));
+    for (ptrdiff_t block = first; block < last; block += 4) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        multiply_few(in / 32, x, in, w + block * 16 * in, 16 * in);
+        _tile_stored(0, tiles[0], 64);
+        _tile_stored(1, tiles[1], 64);
+        _tile_stored(2, tiles[2], 64);
+        _tile_stored(3, tiles[3], 64);
+        for (int i = 0; i < 4; i++) store(tiles[i], y + (block + i) * 16, out);
     }
 }
 
@@ -439,17 +462,110 @@ void product(ptrdiff_t rows, ptrdiff_t out, ptrdiff_t in, ptrdiff_t ranks, const
     if (held < 64) held = 64;
 #pragma omp parallel
     {
-        ptrdiff_t me = omp_get_thread_num(), all = omp_get_num_threads();
+        ptrdiff_t me = omp_get_thread_num(), all = omp_get_num_threads(), left = rows;
         configure();
         if (ranks) {
             part(rows / 16 * me / all * 16, rows / 16 * (me + 1) / all * 16, 0, ranks / 16, in, x, a, 0, NULL, NULL,
                  low, ranks);
 #pragma omp barrier
         }
+        if (rows == 16 && !ranks && blocks % 4 == 0) {
+            few(blocks / 4 * me / all * 4, blocks / 4 * (me + 1) / all * 4, in, x, w, y, out);
+            left = 0;
+        }
         ptrdiff_t first = pairs * me / all * 2, last = pairs * (me + 1) / all * 2;
         if (last > blocks) last = blocks;
-        for (ptrdiff_t row = 0; row < rows; row += held)
-            part(row, row + held < rows ? row + held : rows, first, last, in, x, w, ranks, low, b, y, out);
+        for (ptrdiff_t row = 0; row < left; row += held)
+            part(row, row + held < left ? row + held : left, first, last, in, x, w, ranks, low, b, y, out);
+        _tile_release();
+    }
+}
+
+static void transpose(ptrdiff_t rows, ptrdiff_t ranks, ptrdiff_t all_rows, const bf16 *from, bf16 *to) {
+    for (ptrdiff_t rank = 0; rank < ranks; rank++) {
+        for (ptrdiff_t row = 0; row < rows; row++) to[rank * all_rows + row] = from[row * ranks + rank];
+        memset(to + rank * all_rows + rows, 0, (size_t)(all_rows - rows) * sizeof(bf16));
+    }
+}
+
+/* 32 rows of 16 numbers, as far as there are rows, as a tile of pairs of rows. */
+static inline void interleave(ptrdiff_t rows, const bf16 *x, ptrdiff_t width, bf16 *tile) {
+    if (rows < 32) memset(tile, 0, TILE * sizeof(bf16));
+    for (ptrdiff_t row = 0; row < rows && row < 32; row += 2) {
+        __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(x + row * width)));
+        __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(x + (row + 1) * width)));
+        _mm512_store_si512(tile + row * 16, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+    }
+}
+
+/* tiles[rank / 16] = 16 ranks x 16 columns of low^T x, for up to 64 ranks; `low` is transposed. */
+static void across(ptrdiff_t rows, ptrdiff_t all_rows, ptrdiff_t ranks, const bf16 *low, const bf16 *x, ptrdiff_t width,
+                   float (*tiles)[256]) {
+    bf16 pairs[TILE] __attribute__((aligned(64)));
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (ptrdiff_t row = 0; row < rows; row += 32) {
+        interleave(rows - row, x + row * width, width, pairs);
+        _tile_loadd(5, pairs, 64);
+        _tile_loadd(4, low + row, all_rows * 2);
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(4, low + 16 * all_rows + row, all_rows * 2);
+        _tile_dpbf16ps(1, 4, 5);
+        if (ranks > 32) {
+            _tile_loadd(4, low + 32 * all_rows + row, all_rows * 2);
+            _tile_dpbf16ps(2, 4, 5);
+            _tile_loadd(4, low + 48 * all_rows + row, all_rows * 2);
+            _tile_dpbf16ps(3, 4, 5);
+        }
+    }
+    _tile_stored(0, tiles[0], 64);
+    _tile_stored(1, tiles[1], 64);
+    _tile_stored(2, tiles[2], 64);
+    _tile_stored(3, tiles[3], 64);
+}
+
+/* Add to an adapter's gradient, of A (layers x rank, in) and B (out, rank), which belong to layers of `outs` outputs.
+   `scratch` has room for 2 x ranks x (rows, up to a multiple of 32). */
+void adapt(ptrdiff_t rows, ptrdiff_t in, ptrdiff_t out, ptrdiff_t ranks, ptrdiff_t rank, ptrdiff_t layers,
+           const int64_t *outs, float scale, const bf16 *x, const bf16 *gradient, const bf16 *low,
+           const bf16 *low_gradient, bf16 *scratch, float *a_gradient, float *b_gradient) {
+    ptrdiff_t all_rows = (rows + 31) / 32 * 32;
+    bf16 *turned = scratch + ranks * all_rows;
+#pragma omp parallel
+    {
+        float tiles[4][256] __attribute__((aligned(64)));
+        configure();
+#pragma omp sections
+        {
+#pragma omp section
+            transpose(rows, ranks, all_rows, low_gradient, scratch);
+#pragma omp section
+            transpose(rows, ranks, all_rows, low, turned);
+        }
+        for (ptrdiff_t first = 0; first < ranks; first += 64) {
+            ptrdiff_t count = ranks - first < 64 ? ranks - first : 64;
+#pragma omp for schedule(static) nowait
+            for (ptrdiff_t i = 0; i < in; i += 16) {
+                across(rows, all_rows, count, scratch + first * all_rows, x + i, in, tiles);
+                for (ptrdiff_t r = first; r < first + count && r < layers * rank; r++)
+                    for (int at = 0; at < 16; at++)
+                        a_gradient[r * in + i + at] += tiles[(r - first) / 16][(r - first) % 16 * 16 + at];
+            }
+#pragma omp for schedule(static)
+            for (ptrdiff_t o = 0; o < out; o += 16) {
+                across(rows, all_rows, count, turned + first * all_rows, gradient + o, out, tiles);
+                ptrdiff_t layer = 0, end = outs[0];
+                while (o >= end) end += outs[++layer];
+                for (int at = 0; at < 16; at++)
+                    for (ptrdiff_t r = 0; r < rank; r++) {
+                        ptrdiff_t from = layer * rank + r - first;
+                        if (from >= 0 && from < count)
+                            b_gradient[(o + at) * rank + r] += scale * tiles[from / 16][from % 16 * 16 + at];
+                    }
+            }
+        }
         _tile_release();
     }
 }

@@ -49,6 +49,22 @@ class ShortRows(NamedTuple):
     squares: int
 
 
+class Share(NamedTuple):
+    """A layer's share in the gradients of its adapters: A's are `low_gradient^T x`, B's `gradient^T low`.
+
+    Attributes:
+        x: Its input, (tokens, in_features).
+        gradient: Its output's, (tokens, out_features).
+        low: A x, (tokens, ranks).
+        low_gradient: That of A x.
+    """
+
+    x: Tensor
+    gradient: Tensor
+    low: Tensor
+    low_gradient: Tensor
+
+
 class Kernels(Protocol):
     """Forward and backward passes of what lies between a layer's products.
 
@@ -295,11 +311,6 @@ class CompiledKernels:
         self._call("softmax", *logits.shape, logits, targets, powers, sums, losses)
         return losses, powers, sums
 
-    def keep(self, places: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-        """Copy four matrices to their places, which may have more rows: these become 0."""
-        x, gradient, low, _ = places
-        self._call("keep", parts[0].shape[0], *x.shape, gradient.shape[1], low.shape[1], *parts, *places)
-
     def _call(self, name: str, *arguments: Any) -> None:
         """Call a function; sizes are ptrdiff_t, other numbers float, tensors their addresses."""
         getattr(self._library, name)(
@@ -311,7 +322,7 @@ class MatrixUnitKernels(CompiledKernels):
     """The same on a CPU with Intel's matrix unit, and products with frozen matrices besides."""
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Return whether `product` takes matrices of a shape, either way round."""
+        """Return whether the products below take matrices of a shape, either way round."""
         return all(side % 32 == 0 for side in shape)
 
     def pack(self, weight: Tensor, packed: Tensor | None = None, shape: Sequence[int] | None = None) -> Tensor:
@@ -326,6 +337,7 @@ class MatrixUnitKernels(CompiledKernels):
         all_out, all_in = shape or (out, width)
         if packed is None:
             packed = weight.new_empty((*count, all_out * all_in))
+            self._library.spread(packed.data_ptr(), packed.nbytes)
         matrices, step = (count[0], weight.stride(0)) if count else (1, 0)
         sizes = matrices, step, out, width, all_out, all_in, weight.stride(-2), weight.stride(-1)
         self._library.pack(*sizes, weight.data_ptr(), packed.data_ptr())
@@ -347,6 +359,23 @@ class MatrixUnitKernels(CompiledKernels):
         y, low = x.new_empty((rows, out)), x.new_empty((rows, ranks))
         self._call("product", rows, out, width, ranks, x, weight, *pair, low, y)
         return y, low
+
+    def adapt(self, share: Share, outs: Tensor, rank: int, scale: float, a: Tensor, b: Tensor) -> None:
+        """Add a layer's share to the gradients of its adapters.
+
+        Args:
+            share: What the gradients are products of.
+            outs: The outputs of each of the layers that share their input, int64.
+            rank: Of each adapter.
+            scale: What B A is multiplied by.
+            a: Gradients of all A, (ranks, in), float32.
+            b: Gradients of all B, (outputs, rank), float32.
+        """
+        x, gradient, low, low_gradient = share
+        (rows, width), out, ranks = x.shape, gradient.shape[1], low.shape[1]
+        scratch = x.new_empty(2 * ranks * (rows + 31))
+        sizes = rows, width, out, ranks, rank, outs.shape[0]
+        self._call("adapt", *sizes, outs, scale, x, gradient, low, low_gradient, scratch, a, b)
 
     def product_alone(self, x: Tensor, weight: Tensor, out: int) -> Tensor:
         """Return `x W^T`; see `product`."""
@@ -374,9 +403,10 @@ _SIGNATURES = {
     "attend": "ssss ppppp f pp",
     "attend_back": "ssss ppppp f ppppp",
     "softmax": "ss ppppp",
-    "keep": "sssss pppppppp",
     "pack": "ssssssss pp",
     "product": "ssss pppppp",
+    "spread": "p s",
+    "adapt": "ssssss p f ppppp pp",
     "has_matrix_unit": "",
 }
 """The functions' arguments: s for a size, f for a float, p for an address."""

@@ -47,23 +47,29 @@ class LoraStack:
         a: (blocks, ranks, in_features) in the base's precision, as of the last `Adapter.refresh`.
         b: (blocks, out_features, ranks), likewise and scaled; 0 where one layer's outputs would meet another's
             adapter.
+        rank: Of each.
+        scale: What B A is multiplied by.
+        outs: The argument, as int64.
         end: Where they end in the flat weights.
     """
 
     def __init__(self, adapter: "Adapter", start: int, blocks: int, width: int, outs: Sequence[int]) -> None:
-        self._rank, self._width, self._outs, self.blocks = adapter.rank, width, list(outs), blocks
-        self._size = self._rank * (len(outs) * width + sum(outs))
-        self._scale = adapter.scale
+        self.rank, self.scale, self._width, self._outs = adapter.rank, adapter.scale, width, list(outs)
+        self.blocks, self.outs = blocks, torch.tensor(outs)
+        self._size = self.rank * (len(outs) * width + sum(outs))
         self.end = start + blocks * self._size
         part = slice(start, self.end)
         self._weights, self._gradient = adapter.weights[part], adapter.gradient[part]
         self._copy = adapter.copy[part]
         self.a = self._all_a(self._copy)
-        self.b = self._copy.new_zeros(blocks, sum(outs), len(outs) * self._rank)
+        self.b = self._copy.new_zeros(blocks, sum(outs), len(outs) * self.rank)
+        parts = (self._gradient[block * self._size :][: self._size] for block in range(blocks))
+        middle = len(outs) * self.rank * width
+        self._gradients = [(part[:middle].view(-1, width), part[middle:].view(-1, self.rank)) for part in parts]
 
     def layer(self, block: int, number: int) -> LoraLayer:
         """Return the adapter of one linear layer."""
-        ranks = slice(number * self._rank, (number + 1) * self._rank)
+        ranks = slice(number * self.rank, (number + 1) * self.rank)
         a, a_gradient = (self._all_a(flat)[block, ranks] for flat in (self._weights, self._gradient))
         b, b_gradient = (self._all_b(flat)[number][block] for flat in (self._weights, self._gradient))
         return LoraLayer(a, b, a_gradient, b_gradient)
@@ -71,28 +77,32 @@ class LoraStack:
     def refresh(self) -> None:
         """Bring `b` up to date with the adapter's copy."""
         for part, own in zip(self._parts(self.b), self._all_b(self._copy), strict=True):
-            torch.mul(own, self._scale, out=part) if self._scale != 1.0 else part.copy_(own)
+            torch.mul(own, self.scale, out=part) if self.scale != 1.0 else part.copy_(own)
 
     def silence(self) -> None:
         """Make `b` 0 until the next refresh."""
         self.b.zero_()
 
-    def add_gradient(self, blocks: slice, a_gradient: Tensor, b_gradient: Tensor) -> None:
-        """Add the gradients of some blocks' `a` and `b`, with more ranks or not, to the adapter's."""
-        self._all_a(self._gradient)[blocks].add_(a_gradient[:, : len(self._outs) * self._rank])
-        for own, part in zip(self._all_b(self._gradient), self._parts(b_gradient), strict=True):
-            own[blocks].add_(part, alpha=self._scale)
+    def add_gradient(self, block: int, a_gradient: Tensor, b_gradient: Tensor) -> None:
+        """Add the gradients of a block's `a` and `b` to the adapter's."""
+        self._all_a(self._gradient)[block].add_(a_gradient)
+        for own, part in zip(self._all_b(self._gradient), self._parts(b_gradient[None]), strict=True):
+            own[block].add_(part[0], alpha=self.scale)
+
+    def gradients(self, block: int) -> tuple[Tensor, Tensor]:
+        """Return where the gradients of a block's A, (ranks, in_features), and B, (out_features, rank), add up."""
+        return self._gradients[block]
 
     def _all_a(self, flat: Tensor) -> Tensor:
-        ranks = len(self._outs) * self._rank
+        ranks = len(self._outs) * self.rank
         return flat.as_strided((self.blocks, ranks, self._width), (self._size, self._width, 1))
 
     def _all_b(self, flat: Tensor) -> list[Tensor]:
         ends = accumulate(
-            (out * self._rank for out in self._outs), initial=len(self._outs) * self._rank * self._width
+            (out * self.rank for out in self._outs), initial=len(self._outs) * self.rank * self._width
         )
         return [
-            flat[start:].as_strided((self.blocks, out, self._rank), (self._size, self._rank, 1))
+            flat[start:].as_strided((self.blocks, out, self.rank), (self._size, self.rank, 1))
             for start, out in zip(ends, self._outs, strict=False)
         ]
 
@@ -100,7 +110,7 @@ class LoraStack:
         """The blocks on the diagonal."""
         starts = accumulate(self._outs, initial=0)
         return [
-            b[:, at : at + out, number * self._rank : (number + 1) * self._rank]
+            b[:, at : at + out, number * self.rank : (number + 1) * self.rank]
             for number, (at, out) in enumerate(zip(starts, self._outs, strict=False))
         ]
 

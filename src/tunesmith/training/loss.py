@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tunesmith.engines.linear import linear
 from tunesmith.training.kernels import Kernels
+from tunesmith.training.projection import product
 
 CHUNK = 128
 """Positions whose logits exist at once: 128 x 262,144 words in fp32 are 134 MB."""
@@ -23,8 +23,7 @@ class OutputHead:
 
     def __init__(self, weight: Tensor, kernels: Kernels) -> None:
         self._kernels = kernels
-        self._forward = linear(weight, None)
-        self._backward = linear(weight.T, None)
+        self._forward, self._backward = (product(matrix, kernels) for matrix in (weight, weight.T))
 
     def learn(self, hidden: Tensor, weight: Tensor, targets: Tensor, learnt: int) -> tuple[float, Tensor]:
         """Return the summed cross-entropy in nats and its gradient, (n, width) in fp32.

@@ -17,7 +17,7 @@ from tunesmith.training.block import GROUPS, Block, Context, FrozenBlock, Kept
 from tunesmith.training.kernels import Kernels, TorchKernels
 from tunesmith.training.lora import Adapter
 from tunesmith.training.loss import OutputHead
-from tunesmith.training.projection import Frozen, PackedPairs, Projection, Tape
+from tunesmith.training.projection import Frozen, PackedPairs, Projection
 
 MOST_KEPT_TOKENS = 512
 """Of a longer row only the layers' inputs are kept; the backward pass computes the rest again."""
@@ -97,18 +97,12 @@ class DecoderNetwork:
         self._kernels, self._heads = frozen.kernels, frozen.blocks[0].heads
         kinds = list(zip(adapter.stacks, frozen.blocks[0].linears, strict=True))
         self._pairs = [PackedPairs(stack, linear.unit) if linear.unit else None for stack, linear in kinds]
-        self._tapes = [
-            Tape(stack, pairs.ranks if pairs else stack.a.shape[1], MOST_KEPT_TOKENS * stack.blocks, self._kernels)
-            for stack, pairs in zip(adapter.stacks, self._pairs, strict=True)
-        ]
         self._blocks = [
             Block(
                 block,
                 [
-                    Projection(linear, stack, number, tape, pairs)
-                    for linear, stack, tape, pairs in zip(
-                        block.linears, adapter.stacks, self._tapes, self._pairs, strict=True
-                    )
+                    Projection(linear, stack, number, pairs)
+                    for linear, stack, pairs in zip(block.linears, adapter.stacks, self._pairs, strict=True)
                 ],
                 self._kernels,
             )
@@ -131,14 +125,10 @@ class DecoderNetwork:
         gradient = torch.zeros_like(of_hidden)
         of_hidden = of_hidden.mul_(weight).to(x.dtype)
         self._kernels.norm_back_add(of_hidden, x, inverse, norm.factor, gradient)
-        for tape in self._tapes:
-            tape.begin(len(batch.tokens))
         for block, context, places in reversed(layers):
             last = kept.pop()
             seen = block.forward(last, context, places)[1] if isinstance(last, Tensor) else last
             gradient = block.backward(gradient, seen, context, to_input=bool(kept))
-        for tape in self._tapes:
-            tape.flush()
         return loss
 
     @torch.no_grad()
@@ -147,7 +137,8 @@ class DecoderNetwork:
         x = self._body.embed(batch.tokens)
         for block, context, places in self._layers(batch):
             x = block.forward(x, context, places)[0]
-        return self._head.evaluate(self._body.norm(x)[: batch.learnt], batch.targets[: batch.learnt])
+        losses, right = self._head.evaluate(self._body.norm(x), batch.targets)
+        return losses[: batch.learnt], right[: batch.learnt]
 
     def _layers(self, batch: Batch) -> list[tuple[Block, Context, Tensor | None]]:
         """Return the layers as they are now, what they know of the batch, and whose outputs are wanted of each."""
@@ -216,7 +207,8 @@ class ModuleNetwork:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss at each target, in nats, and whether the target is the most probable token."""
-        return self._head.evaluate(self._hidden(batch)[: batch.learnt], batch.targets[: batch.learnt])
+        losses, right = self._head.evaluate(self._hidden(batch), batch.targets)
+        return losses[: batch.learnt], right[: batch.learnt]
 
     def _hidden(self, batch: Batch) -> Tensor:
         # The padding is on the right, where no token looks: it needs no mask.

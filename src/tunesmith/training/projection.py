@@ -5,9 +5,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tunesmith.engines.linear import linear
-from tunesmith.training.kernels import CompiledKernels, Kernels, MatrixUnitKernels
+from tunesmith.engines.linear import Linear, linear
+from tunesmith.training.kernels import Kernels, MatrixUnitKernels, Share
 from tunesmith.training.lora import LoraStack
+
+
+def product(weight: Tensor, kernels: Kernels) -> Linear:
+    """Return `x -> x @ weight.T`, by the fastest way that there is; x has a multiple of 16 rows."""
+    if not isinstance(kernels, MatrixUnitKernels) or not kernels.fits(weight.shape):
+        return linear(weight, None)
+    unit, packed, out = kernels, kernels.pack(weight), weight.shape[0]
+    return lambda x: unit.product_alone(x, packed, out)
 
 
 class Frozen:
@@ -70,55 +78,6 @@ class PackedPairs:
         ]
 
 
-class Tape:
-    """What the adapters' gradients are made of, layer after layer of one kind; then all at once.
-
-    A product for each layer would take several times as long as one for all of them.
-
-    Args:
-        stack: The adapters.
-        ranks: Of A x as it comes, which may be filled up.
-        most_tokens: Room, in tokens times layers.
-        kernels: For the device and the precision.
-    """
-
-    def __init__(self, stack: LoraStack, ranks: int, most_tokens: int, kernels: Kernels) -> None:
-        self._stack, self._most, self._kernels = stack, most_tokens, kernels
-        widths = stack.a.shape[2], stack.b.shape[1], ranks, ranks
-        self._sides = [stack.a.new_zeros(most_tokens, width) for width in widths]
-        self._views: list[Tensor] = []
-        self._room = self._first = self._end = 0
-
-    def begin(self, tokens: int) -> None:
-        """Start the backward pass of a batch of so many tokens."""
-        self._room = max(1, min(self._stack.blocks, self._most // tokens))
-        self._first = self._end = self._stack.blocks
-        if self._room * tokens > self._most:  # a single row that is longer than all that was planned for
-            self._most = self._room * tokens
-            self._sides = [side.new_zeros(self._most, side.shape[1]) for side in self._sides]
-        shape = self._room, tokens, -1
-        self._views = [side[: self._room * tokens].view(shape) for side in self._sides]
-
-    def add(self, block: int, x: Tensor, gradient: Tensor, low: Tensor, low_gradient: Tensor) -> None:
-        """Take a block's share, the last block first; of the batch's tokens, or of fewer."""
-        if self._end - block > self._room:
-            self.flush()
-        self._first = block
-        parts, places = (x, gradient, low, low_gradient), [side[block - self._end] for side in self._views]
-        if isinstance(self._kernels, CompiledKernels):
-            self._kernels.keep(places, parts)
-            return
-        for own, part in zip(places, parts, strict=True):
-            own[: len(part)] = part
-            own[len(part) :].zero_()
-
-    def flush(self) -> None:
-        """Add to the adapters' gradients what was taken since the last time."""
-        x, gradient, low, low_gradient = (side[self._first - self._end :] for side in self._views)
-        self._stack.add_gradient(slice(self._first, self._end), low_gradient.mT @ x, gradient.mT @ low)
-        self._end = self._first
-
-
 class Projection:
     """`W x + bias + scale * B A x` of one block's linear layers that share their input.
 
@@ -126,19 +85,11 @@ class Projection:
         frozen: The layers.
         stack: Their adapters, with those of other blocks.
         block: Which of them.
-        tape: Where the shares in the gradient are gathered; None to add them at once.
         pairs: The adapters packed, where the layers are.
     """
 
-    def __init__(
-        self,
-        frozen: Frozen,
-        stack: LoraStack,
-        block: int = 0,
-        tape: Tape | None = None,
-        pairs: PackedPairs | None = None,
-    ) -> None:
-        self._frozen, self._stack, self._block, self._tape, self._pairs = frozen, stack, block, tape, pairs
+    def __init__(self, frozen: Frozen, stack: LoraStack, block: int = 0, pairs: PackedPairs | None = None) -> None:
+        self._frozen, self._stack, self._block, self._pairs = frozen, stack, block, pairs
         self._a, self._b = stack.a[block], stack.b[block]
         if pairs is not None:
             a, b = pairs.forward
@@ -173,7 +124,7 @@ class Projection:
         else:
             low_gradient = gradient @ self._b
             of_x = frozen.backward(gradient).addmm_(low_gradient, self._a)
-        self._keep(gradient, x, low, low_gradient)
+        self._add(Share(x, gradient, low, low_gradient))
         return of_x
 
     def learn(self, gradient: Tensor, x: Tensor, low: Tensor) -> None:
@@ -182,11 +133,11 @@ class Projection:
             low_gradient = self._frozen.unit.product_alone(gradient, self._backward[0], self._pairs.ranks)
         else:
             low_gradient = gradient @ self._b
-        self._keep(gradient, x, low, low_gradient)
+        self._add(Share(x, gradient, low, low_gradient))
 
-    def _keep(self, gradient: Tensor, x: Tensor, low: Tensor, low_gradient: Tensor) -> None:
-        if self._tape is None:
-            own = slice(self._block, self._block + 1)
-            self._stack.add_gradient(own, (low_gradient.T @ x)[None], (gradient.T @ low)[None])
+    def _add(self, share: Share) -> None:
+        stack, block = self._stack, self._block
+        if self._frozen.unit is None or self._pairs is None:
+            stack.add_gradient(block, share.low_gradient.T @ share.x, share.gradient.T @ share.low)
         else:
-            self._tape.add(self._block, x, gradient, low, low_gradient)
+            self._frozen.unit.adapt(share, stack.outs, stack.rank, stack.scale, *stack.gradients(block))
