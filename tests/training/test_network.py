@@ -137,7 +137,9 @@ def test_the_output_head_in_chunks_is_cross_entropy() -> None:
     assert loss == pytest.approx(expected[:290].sum().item(), rel=1e-5)
     torch.testing.assert_close(losses, expected.detach())
     assert torch.equal(right, logits.argmax(-1) == targets)
-    torch.testing.assert_close(gradient, torch.autograd.grad(expected[:290].sum(), hidden)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        gradient, torch.autograd.grad(expected[:290].sum(), hidden)[0], rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +234,7 @@ def test_in_bfloat16_the_gradients_stray_no_farther_than_pefts(
     assert allowed < exact.norm() / 5
     load = partial(decoder.load, base.weights.path, CPU, torch.bfloat16)
     for own in (compiled, TorchKernels()):
-        with freeze(load(), own, load).adapted(4, 8.0) as made:
+        with freeze(load, own).adapted(4, 8.0) as made:
             disturb(made)
             learnt(made, rows)
             assert (in_order(made) - exact_in_order).norm() < 1.3 * allowed

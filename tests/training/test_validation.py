@@ -12,6 +12,7 @@ from tunesmith import protos
 from tunesmith.base_models.prompts import FORMATS
 from tunesmith.errors import FailedPrecondition
 from tunesmith.training import loop
+from tunesmith.training.batches import Batch
 from tunesmith.training.examples import Row, tokenize
 from tunesmith.training.hyperparameters import Options
 from tunesmith.training.loop import Base, Step, TuningRun, Validation
@@ -216,9 +217,18 @@ def test_a_checkpoint_of_an_earlier_version_is_left_aside(base: Base, rows: list
         assert events(run) == whole
 
 
-def test_a_gradient_that_is_no_number_ends_the_run(base: Base, rows: list[Row]) -> None:
+def test_a_gradient_that_is_no_number_ends_the_run(
+    base: Base, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with tuning(base, rows) as run:
-        run.adapter.gradient[0] = float("nan")
+        learn = run._network.learn
+
+        def spoilt(batch: Batch, weight: float) -> float:
+            loss = learn(batch, weight)
+            run.adapter.gradient[0] = float("nan")
+            return loss
+
+        monkeypatch.setattr(run._network, "learn", spoilt)
         with pytest.raises(FailedPrecondition, match=r"gradient of step 1 is not a number.*rate below 0\.01"):
             list(run)
 

@@ -110,14 +110,8 @@ class Base:
         """Load a base model from the cache."""
         dtype = compute_dtype(device)
         load = partial(decoder.load, weights.path, device, dtype)
-        model = load()
-        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            if getattr(model.config, name, None) not in (None, 1, 1.0):
-                raise FailedPrecondition(
-                    f"models/{weights.model.id} cannot be tuned: its {name} is not supported."
-                )
         fastest = kernels.find(device, dtype, weights.path.parent.parent / "kernels")
-        return cls(weights, freeze(model, fastest, load), weights.tokenizer(), device)
+        return cls(weights, freeze(load, fastest), weights.tokenizer(), device)
 
 
 class TuningRun:
@@ -324,9 +318,9 @@ class TuningRun:
         }
 
     def _mean_logprobs(self, rows: Sequence[Row]) -> list[float]:
-        """Return the mean log-probability of each row's answer, row by row as a server computes it."""
-        batches = (collate([row], self._base.device) for row in rows)
-        return [-self._network.evaluate(batch)[0].mean().item() for batch in batches]
+        """Return the mean log-probability of each row's answer."""
+        losses, _ = self._network.evaluate(collate(rows, self._base.device))
+        return [-part.mean().item() for part in torch.split(losses, [row.learnt for row in rows])]
 
     def manifest(self) -> dict[str, Any]:
         """Return what a server must know to use the adapter rightly."""

@@ -46,33 +46,42 @@ class FrozenNetwork(Protocol):
         """Put an adapter on every linear layer but the head for as long as the context lasts."""
 
 
-def freeze(model: Any, kernels: Kernels, again: Callable[[], Any]) -> FrozenNetwork:
+def freeze(load: Callable[[], Any], kernels: Kernels) -> FrozenNetwork:
     """Return a base model as training takes it.
 
     Args:
-        model: A `decoder.CausalLM`, or transformers' own.
+        load: Loads a `decoder.CausalLM`, or transformers' own.
         kernels: For its device and precision.
-        again: Loads the same model.
+
+    Raises:
+        FailedPrecondition: It changes its logits in a way that is not known here, or has nothing to adapt.
     """
-    return FrozenDecoder(model, kernels, again) if isinstance(model, CausalLM) else FrozenModules(model, kernels)
+    model = load()
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(model.config, name, None) not in (None, 1, 1.0):
+            raise FailedPrecondition(f"This base model cannot be tuned: its {name} is not supported.")
+    if not isinstance(model, CausalLM):
+        return FrozenModules(model, kernels)
+    if not packs(model.lm_head.weight):
+        return FrozenDecoder(lambda: model, kernels)
+    del model
+    return FrozenDecoder(load, kernels)
 
 
 class FrozenDecoder:
     """A decoder that is known here, in the layouts that training reads fastest.
 
     Args:
-        model: The decoder.
+        load: Returns the decoder. What is packed is not kept, but the file's pages that were read for it are held as
+            long as the model is: so it is called for the head, for the layers, and for the embeddings.
         kernels: For its device and precision.
-        again: Loads it once more: what is packed is not kept, but the pages of the file that were read for it are
-            held as long as the model is; of the second one only embeddings are read.
     """
 
-    def __init__(self, model: CausalLM, kernels: Kernels, again: Callable[[], CausalLM]) -> None:
+    def __init__(self, load: Callable[[], CausalLM], kernels: Kernels) -> None:
         self.kernels = kernels
-        self.head = OutputHead(model.lm_head.weight.detach(), kernels)
-        self.blocks = [FrozenBlock(layer, kernels) for layer in model.base_model.decoder_layers]
-        if packs(model.lm_head.weight):
-            model = again()
+        self.head = OutputHead(load().lm_head.weight.detach(), kernels)
+        self.blocks = [FrozenBlock(layer, kernels) for layer in load().base_model.decoder_layers]
+        model = load()
         self.body, self.words = model.base_model, model.lm_head.weight.detach()
 
     @contextmanager
