@@ -5,7 +5,7 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 TRL     := .bench/trl
 
-.PHONY: demo test test-clients notebooks check format bench bench-environment protos clean
+.PHONY: demo test test-clients notebooks check format bench bench-environment soak protos clean
 
 demo: $(STAMP)            ## the tutorial, end to end, on real weights
 	$(BIN)/tunesmith demo
@@ -35,6 +35,9 @@ bench: $(STAMP) bench-environment  ## training beside TRL, POST to ACTIVE, reque
 	$(BIN)/python benchmarks/api.py
 
 bench-environment: $(TRL)/.installed  ## the environment that TRL trains in
+
+soak: $(STAMP)            ## 50 jobs with random kills on a tiny model; OPTIONS="--jobs N --seed N --kills N"
+	$(BIN)/python benchmarks/soak.py $(OPTIONS)
 
 protos: $(STAMP)          ## compile the official protos again (needs npm)
 	$(BIN)/python scripts/protos.py

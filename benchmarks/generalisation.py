@@ -25,7 +25,7 @@ from typing import Any
 
 from rich.console import Console
 
-from recipes import Trial, TrialRuns, answers, attached, attached_files, prompt_format, rows_of
+from recipes import Trial, TrialRun, answers, prompt_format, rows_of, shape_of, take_over
 from tunesmith import protos
 from tunesmith.base_models.catalog import Catalog
 from tunesmith.base_models.device import pick_device
@@ -51,12 +51,14 @@ class Task:
     cases: list[dict[str, str]]
 
     @classmethod
-    def load(cls, name: str) -> "Task":
-        """Read tasks/NAME.jsonl."""
+    def load(cls, name: str, part: str | None = None) -> "Task":
+        """Read tasks/NAME.jsonl, with all held-out cases or those of one part."""
         lines = (TASKS / f"{name}.jsonl").read_text("utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         train = [row for row in rows if row["part"] == "train"]
-        return cls(name, train, [row for row in rows if row["part"] != "train"])
+        return cls(
+            name, train, [row for row in rows if row["part"] in ((part,) if part else ("search", "report"))]
+        )
 
 
 @dataclass(frozen=True)
@@ -90,32 +92,17 @@ def load_base() -> Base:
     return Base.load(weights, pick_device("auto"))
 
 
-def try_recipe(base: Base, task: Task, trial: Trial, seeds: Sequence[int]) -> list[Result]:
-    """Tune by a recipe with the API's default hyperparameters."""
-    form = prompt_format(trial.form or base.weights.model.prompt_format)
+def try_recipe(base: Base, task: Task, trial: Trial | None, seed: int) -> Result:
+    """Tune with the API's default hyperparameters, by a recipe or, without one, as the service does."""
+    form = prompt_format((trial and trial.form) or base.weights.model.prompt_format)
     rows, cases = rows_of(base.tokenizer, form, task.train), rows_of(base.tokenizer, form, task.cases)
     given = resolve(protos.Hyperparameters(), len(rows))
-    with attached(base.model, trial, seeds) as adapters:
-        runs = TrialRuns(base, adapters, rows, given, trial, seeds)
-        start = time.perf_counter()
-        losses = runs.train().tolist()
-        seconds = (time.perf_counter() - start) / len(seeds)
-        adapters.refresh(trial.serve)
-        found = answers(base, cases, len(seeds))
-    return [Result(right, seconds, loss) for right, loss in zip(found, losses, strict=True)]
-
-
-def try_product(base: Base, task: Task, seed: int) -> Result:
-    """Tune as the service does."""
-    form = prompt_format(base.weights.model.prompt_format)
-    rows, cases = rows_of(base.tokenizer, form, task.train), rows_of(base.tokenizer, form, task.cases)
     start, loss = time.perf_counter(), math.nan
-    with TuningRun(base, rows, resolve(protos.Hyperparameters(), len(rows)), seed) as run:
-        for event in run:
-            loss = getattr(event, "mean_loss", loss)  # there are events of validation too
+    with TuningRun(base, rows, given, seed) if trial is None else TrialRun(base, rows, given, seed, trial) as run:
+        for step in run:
+            loss = getattr(step, "mean_loss", loss)
         seconds = time.perf_counter() - start
-        (right,) = answers(base, cases)
-    return Result(right, seconds, loss)
+        return Result(answers(run._network, cases, base.device), seconds, loss)
 
 
 def try_trl(
@@ -128,6 +115,7 @@ def try_trl(
     )
     texts = [(before + row["text_input"] + after, form.answer + row["output"]) for row in task.train]
     cases = rows_of(base.tokenizer, form, task.cases)
+    results = []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         (out / "rows.json").write_text(json.dumps(texts), "utf-8")
@@ -135,10 +123,12 @@ def try_trl(
         script = str(Path(__file__).with_name("trl_baseline.py"))
         files = (str(base.weights.path), str(out / "rows.json"), folder, str(out / "settings.json"))
         subprocess.run([python, script, *files, *map(str, seeds)], check=True)
-        timings = [json.loads((out / str(seed) / "timing.json").read_text("utf-8")) for seed in seeds]
-        with attached_files(base.model, [out / str(seed) for seed in seeds]):
-            found = answers(base, cases, len(seeds))
-    return [Result(right, **timing) for right, timing in zip(found, timings, strict=True)]
+        for seed in seeds:
+            timing = json.loads((out / str(seed) / "timing.json").read_text("utf-8"))
+            with base.network.adapted(*shape_of(out / str(seed))) as network:
+                take_over(network, out / str(seed))
+                results.append(Result(answers(network, cases, base.device), **timing))
+    return results
 
 
 def report(name: str, task: Task, results: Sequence[Result]) -> str:
@@ -175,6 +165,7 @@ def main() -> None:
     parser.add_argument("--set", default="", help="what to change in it: rank=32,alpha=32,layers=mlp+q_proj")
     parser.add_argument("--task", default="numbers", choices=sorted(path.stem for path in TASKS.glob("*.jsonl")))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--part", choices=("search", "report"), help="ask these held-out cases only")
     parser.add_argument("--trl-python", default=".bench/trl/bin/python", help="the Python that has TRL")
     parser.add_argument("--list", action="store_true", help="print the recipes")
     given = parser.parse_args()
@@ -182,14 +173,13 @@ def main() -> None:
         for name, trial in RECIPES.items():
             print(name, trial)
         return
-    task, base, seeds = Task.load(given.task), load_base(), range(given.seeds)
-    if given.recipe == "product":
-        results = [try_product(base, task, seed) for seed in seeds]
-    elif given.recipe in OTHERS:
+    task, base, seeds = Task.load(given.task, given.part), load_base(), range(given.seeds)
+    if given.recipe.startswith("trl"):
         settings = API_SETTINGS if given.recipe == "trl-api" else {}
         results = try_trl(base, task, seeds, given.trl_python, settings)
     else:
-        results = try_recipe(base, task, changed(RECIPES[given.recipe], given.set), seeds)
+        recipe = None if given.recipe == "product" else changed(RECIPES[given.recipe], given.set)
+        results = [try_recipe(base, task, recipe, seed) for seed in seeds]
     print(report(" ".join(filter(None, (given.recipe, given.set))), task, results))
 
 

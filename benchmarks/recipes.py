@@ -1,34 +1,31 @@
-"""Recipes of tuning to try: runs of one recipe with several seeds, side by side in one batch.
+"""Recipes of tuning to try: what `training.loop.TuningRun` does, with one thing or a few done otherwise.
 
-The arithmetic is `training.loop.TuningRun`'s; side by side five seeds take little longer than one. What is here
-and not in the product was tried and did not become the default.
+What is here and not in the product was tried and did not become the default.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
+from torch import Tensor
 
 from tunesmith import protos
 from tunesmith.base_models.prompts import FORMATS, PromptFormat, Special, Turn
-from tunesmith.training.examples import Row, collate, order
-from tunesmith.training.hyperparameters import total_steps
-from tunesmith.training.loop import Base
+from tunesmith.training.batches import Batch, collate, micro_batches
+from tunesmith.training.examples import Row
+from tunesmith.training.loop import Base, Recipe, TuningRun
+from tunesmith.training.loss import CHUNK, OutputHead
+from tunesmith.training.network import Network
 
-EVALUATION_TOKENS = 4096
-HEAD_ROWS = 128
-"""Positions whose logits exist at once."""
+EVALUATION_TOKENS = 2048
+STEP_OF_PLACES = 16
+"""Compiled kernels take so many rows at a time."""
 
 _labelled = FORMATS["labelled"]
 MORE_FORMATS: Mapping[str, PromptFormat] = {
@@ -88,11 +85,11 @@ class Trial:
         focal: Tokens count with (1 - probability) to this power.
         entropy: The weight of the answers' negative entropy, added to the loss.
         prompt: The weight of the prompts' tokens, learnt as well.
-        anchor: The weight of the divergence from the base model at the prompts' tokens.
-        dropout: Of the adapter's inputs.
-        noise: NEFTune's alpha: noise on the embeddings.
+        anchor: The weight of the divergence from the base model, KL(base || tuned), at the prompts' tokens.
+        hold: The weight of the relative squared distance from the base model's hidden states, there too; not with
+            anchor.
+        anchored: At how many of a row's prompt tokens at most, evenly spread; 0: at all.
         form: The prompt format; empty: the base model's.
-        sort: Whether each epoch goes from short rows to long ones.
     """
 
     rank: int = 16
@@ -123,10 +120,9 @@ class Trial:
     entropy: float = 0.0
     prompt: float = 0.0
     anchor: float = 0.0
-    dropout: float = 0.0
-    noise: float = 0.0
+    hold: float = 0.0
+    anchored: int = 0
     form: str = ""
-    sort: bool = False
 
 
 def prompt_format(name: str) -> PromptFormat:
@@ -142,332 +138,203 @@ def rows_of(tokenizer: Tokenizer, form: PromptFormat, pairs: Sequence[Mapping[st
     ]
 
 
-class _Product(torch.autograd.Function):
-    """`W x + scale * B A x` where each seed's rows have an A and a B of their own."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, _weights: Tensor, layer: "Layer") -> Tensor:
-        rows = x.reshape(layer.adapters.seeds, -1, x.shape[-1])
-        seen = rows
-        ctx.kept = None
-        if layer.adapters.dropout:
-            keep = 1 - layer.adapters.dropout
-            ctx.kept = (torch.rand(rows.shape) < keep).to(x.dtype) / keep
-            seen = rows * ctx.kept
-        low = torch.bmm(seen, layer.a_copy.transpose(1, 2))
-        y = functional.linear(rows, layer.base.weight, layer.base.bias)
-        y.baddbmm_(low, layer.b_copy.transpose(1, 2), alpha=layer.adapters.scale)
-        ctx.layer, ctx.shape = layer, x.shape
-        ctx.save_for_backward(seen, low)
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        rows, low = ctx.saved_tensors
-        layer: Layer = ctx.layer
-        upstream = upstream.reshape(rows.shape[0], -1, upstream.shape[-1])
-        low_upstream = torch.bmm(upstream, layer.b_copy).mul_(layer.adapters.scale)
-        layer.b_gradient.add_(torch.bmm(upstream.transpose(1, 2), low), alpha=layer.adapters.scale)
-        layer.a_gradient.add_(torch.bmm(low_upstream.transpose(1, 2), rows))
-        gradient = upstream @ layer.base.weight
-        through = torch.bmm(low_upstream, layer.a_copy)
-        gradient.add_(through if ctx.kept is None else through * ctx.kept)
-        return gradient.view(ctx.shape), None, None
-
-
-class Layer(nn.Module):
-    """A frozen linear layer with an adapter for each seed.
-
-    Attributes:
-        a, b: (seeds, rank, in_features) and (seeds, out_features, rank), parts of all adapters' flat weights.
-        a_copy, b_copy, a_gradient, b_gradient: Their copies in the base's precision, and their gradients.
-    """
-
-    def __init__(self, base: nn.Linear, adapters: "Adapters", start: int, rank: int) -> None:
-        super().__init__()
-        self.base, self.adapters, self.start = base, adapters, start
-        a, b = (rank, base.in_features), (base.out_features, rank)
-        middle = start + math.prod(a)
-        self.end = middle + math.prod(b)
-
-        def parts(flat: Tensor) -> tuple[Tensor, Tensor]:
-            return flat[:, start:middle].view(-1, *a), flat[:, middle : self.end].view(-1, *b)
-
-        self.a, self.b = parts(adapters.weights)
-        self.a_copy, self.b_copy = parts(adapters.copy)
-        self.a_gradient, self.b_gradient = parts(adapters.gradient)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return base(x) with each seed's adapter's part added to its rows."""
-        if not self.adapters.enabled:
-            return self.base(x)  # type: ignore[no-any-return]
-        return _Product.apply(x, self.adapters.leaf, self)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class Adapters:
-    """The adapters of all seeds on a base model; all weights are one tensor, a row a seed."""
-
-    def __init__(self, linears: Mapping[str, nn.Linear], trial: Trial, seeds: Sequence[int]) -> None:
-        size = sum(trial.rank * (linear.in_features + linear.out_features) for linear in linears.values())
-        self.seeds, self.scale, self.enabled = len(seeds), trial.alpha / trial.rank, True
-        self.dropout = 0.0
-        self.weights = torch.zeros(len(seeds), size)
-        self.gradient = torch.zeros_like(self.weights)
-        self.copy = self.weights.to(next(iter(linears.values())).weight.dtype)
-        self.leaf = torch.zeros((), requires_grad=True)  # makes autograd go through every layer
-        self.layers: dict[str, Layer] = {}
-        start = 0
-        for path, linear in linears.items():
-            self.layers[path] = Layer(linear, self, start, trial.rank)
-            start = self.layers[path].end
-        for number, seed in enumerate(seeds):
-            self._initialise(number, seed, trial)
-        self.refresh()
-
-    def _initialise(self, number: int, seed: int, trial: Trial) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        for layer in self.layers.values():
-            a, bound = layer.a[number], 1 / math.sqrt(layer.base.in_features)
-            drawn = (torch.rand(a.shape, generator=generator) * 2 - 1) * bound
-            size = drawn.norm()
-            if trial.initial == "orthogonal":
-                drawn = torch.linalg.qr(drawn.T)[0].T
-            elif trial.initial != "uniform":
-                _, vectors = torch.linalg.eigh(layer.base.weight.float().T @ layer.base.weight.float())
-                # In ascending order; the last ones are the largest.
-                chosen = vectors[:, -trial.rank :] if trial.initial == "top" else vectors[:, : trial.rank]
-                drawn = chosen.T
-            a.copy_(drawn * (trial.initial_scale * size / drawn.norm()))
-
-    def refresh(self, scale: float = 1.0) -> None:
-        """Bring the copies up to date, the adapters multiplied by `scale`."""
-        self.copy.copy_(self.weights)
-        if scale != 1.0:
-            for layer in self.layers.values():
-                layer.b_copy.mul_(scale)
-
-
-@contextmanager
-def attached(model: Any, trial: Trial, seeds: Sequence[int]) -> Iterator[Adapters]:
-    """Adapt every linear layer of the model's blocks inside the block."""
-    head = model.get_output_embeddings()
-    parts = ((path, part) for path, part in model.named_modules() if part is not head)
-    found = {path: part for path, part in parts if isinstance(part, nn.Linear)}
-    adapters = Adapters(found, trial, seeds)
-    try:
-        for path, layer in adapters.layers.items():
-            model.set_submodule(path, layer)
-        yield adapters
-    finally:
-        for path, linear in found.items():
-            model.set_submodule(path, linear)
-
-
-@contextmanager
-def attached_files(model: Any, folders: Sequence[Path]) -> Iterator[None]:
-    """Put adapters that PEFT saved on the model, a seed each; all have one rank and one scale."""
-    config = json.loads((folders[0] / "adapter_config.json").read_text("utf-8"))
-    trial = Trial(rank=config["r"], alpha=config["lora_alpha"])
-    with attached(model, trial, range(len(folders))) as adapters:
-        adapters.weights.zero_()
-        for number, folder in enumerate(folders):
-            tensors = load_file(folder / "adapter_model.safetensors")
-            for path, layer in adapters.layers.items():
-                for side, part in (("A", layer.a), ("B", layer.b)):
-                    found = tensors.pop(f"base_model.model.{path}.lora_{side}.weight", None)
-                    if found is not None:
-                        part[number].copy_(found)
-            if tensors:
-                raise SystemExit(f"{folder} adapts layers that are not known here: {min(tensors)}")
-        adapters.refresh()
-        yield
-
-
 @dataclass
-class Targets:
-    """What is to be learnt at some positions of a batch.
+class Plan:
+    """What is wanted at the places of a batch.
 
     Attributes:
-        positions: (n, 2) rows and columns.
-        targets: (n,) tokens, or the base model's hidden states, (n, width), where its answers are to be kept.
-        weights: (n,) of their losses.
+        weights: (places,) of their losses, by which the network's own weight is multiplied.
+        anchored: (places,) whether the base model's distribution is wanted there, not a token.
+        base: (anchored places, width) the base model's hidden states.
     """
 
-    positions: Tensor
-    targets: Tensor
     weights: Tensor
+    anchored: Tensor
+    base: Tensor
 
 
-class _Loss(torch.autograd.Function):
-    """Weighted cross-entropy of a recipe; the forward pass makes the gradient, in parts."""
+class TrialHead:
+    """The frozen output head with a recipe's loss.
 
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, wanted: Targets, trial: Trial) -> Tensor:
-        losses = torch.empty(len(hidden))
-        gradient = torch.empty_like(hidden)
-        for start in range(0, len(hidden), HEAD_ROWS):
-            part = slice(start, start + HEAD_ROWS)
-            logs = functional.linear(hidden[part].contiguous(), head).float().log_softmax(-1)
-            losses[part], change = _through(logs, wanted.targets[part], wanted.weights[part], head, trial)
-            gradient[part] = change.to(head.dtype) @ head
-        ctx.save_for_backward(gradient)
-        return losses
+    Attributes:
+        plan: For the next batch.
+        seen: The hidden states of the last evaluation.
+    """
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors  # of the weighted sum: the weights are in it
-        return gradient, None, None, None
+    def __init__(self, head: OutputHead, trial: Trial) -> None:
+        self._head, self._trial = head, trial
+        self.plan: Plan | None = None
+        self.seen = torch.empty(0)
 
+    def learn(self, hidden: Tensor, words: Tensor, targets: Tensor, learnt: int) -> tuple[float, Tensor]:
+        """Return the answers' summed cross-entropy in nats, and the gradient of the recipe's loss."""
+        if self.plan is None:
+            return self._head.learn(hidden, words, targets, learnt)
+        trial, plan, total, gradients = self._trial, self.plan, 0.0, []
+        base = torch.zeros_like(hidden)
+        base[plan.anchored] = plan.base.to(hidden.dtype)
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
+            logs = self._head._forward(hidden[part].contiguous()).float().log_softmax(-1)
+            losses = -logs[torch.arange(len(logs)), targets[part]]
+            total += losses[: max(0, learnt - start)].sum().item()
+            change = self._change(logs, targets[part]).mul_(plan.weights[part, None])
+            at = plan.anchored[part]
+            if trial.anchor and at.any():
+                chances = self._head._forward(base[part].contiguous()).float().softmax(-1)
+                change[at] = (logs[at].exp_() - chances[at]) * plan.weights[part][at, None]
+            if trial.hold:
+                change[at] = 0.0
+            gradients.append(self._head._backward(change.to(hidden.dtype)).float())
+            if trial.hold:
+                size = base[part].float().square().sum(-1, keepdim=True).clamp_(min=1e-6)
+                apart = (hidden[part] - base[part]).float() / size * plan.weights[part, None]
+                gradients[-1][at] = apart[at]
+        return total, torch.cat(gradients)
 
-def _through(logs: Tensor, targets: Tensor, weights: Tensor, head: Tensor, trial: Trial) -> tuple[Tensor, Tensor]:
-    """Return the losses, unweighted, and the logits' gradient; overwrites the log probabilities."""
-    if targets.ndim == 2:
-        base = functional.linear(targets, head).float().log_softmax(-1)
-        losses = functional.kl_div(logs, base, reduction="none", log_target=True).sum(-1)
-        return losses, logs.exp_().sub_(base.exp_()).mul_(weights[:, None])
-    rows = torch.arange(len(logs))
-    right = logs[rows, targets]
-    losses = -right
-    probability = right.exp()
-    weights = weights * (probability < trial.confident) * (1 - probability) ** trial.focal
-    extra = None
-    if trial.entropy:
+    def evaluate(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the head does."""
+        self.seen = hidden
+        return self._head.evaluate(hidden, targets)
+
+    def _change(self, logs: Tensor, targets: Tensor) -> Tensor:
+        """Return the gradient of the logits where tokens are wanted."""
+        trial, rows = self._trial, torch.arange(len(logs))
         chances = logs.exp()
-        along = (chances * logs).sum(-1, keepdim=True)
-        extra = chances.mul_(logs - along).mul_(weights[:, None] * trial.entropy)
-    change = logs.exp_()
-    if trial.smoothing:
-        change.sub_(trial.smoothing / change.shape[1])
-    change[rows, targets] -= 1 - trial.smoothing
-    change.mul_(weights[:, None])
-    return losses, change if extra is None else change.add_(extra)
+        right = chances[rows, targets]
+        weights = (right < trial.confident) * (1 - right) ** trial.focal
+        along = (chances * logs).sum(-1, keepdim=True) if trial.entropy else None
+        change = chances.clone()
+        if trial.smoothing:
+            change.sub_(trial.smoothing / change.shape[1])
+        change[rows, targets] -= 1 - trial.smoothing
+        if along is not None:
+            change.add_(chances.mul_(logs - along), alpha=trial.entropy)
+        return change.mul_(weights[:, None])
 
 
-class TrialRuns:
-    """Runs of one recipe with several seeds, on adapters that are attached to the base."""
+class TrialRun(TuningRun):
+    """A tuning run by a recipe to try; at its end the adapter is what is to be served."""
 
     def __init__(
-        self, base: Base, adapters: Adapters, rows: Sequence[Row], given: protos.Hyperparameters, trial: Trial,
-        seeds: Sequence[int],
-    ) -> None:  # fmt: skip
-        self._base, self._adapters, self._rows, self._given = base, adapters, rows, given
-        self._trial, self._seeds = trial, seeds
-        self._total = total_steps(len(rows), given)
-        self._rates = self._vector(self._rate_of)
-        self._first = torch.zeros_like(adapters.weights)
-        self._second = torch.zeros_like(adapters.weights)
+        self, base: Base, rows: Sequence[Row], given: protos.Hyperparameters, seed: int, trial: Trial
+    ) -> None:
+        super().__init__(base, rows, given, seed, Recipe(trial.rank, trial.alpha, trial.clip))
+        self._trial = trial
+        self._initialise()
+        self._rates = self._flat(self._rate_of)
+        self._first = torch.zeros_like(self.adapter.weights)
+        self._second = torch.zeros_like(self.adapter.weights)
         self._mean: Tensor | None = None
         self._averaged = 0
-        self._random = torch.Generator().manual_seed(7)
-        self._kept = self._base_hidden() if trial.anchor else {}
+        self._head = TrialHead(self._network._head, trial)  # type: ignore[attr-defined]
+        self._network._head = self._head  # type: ignore[attr-defined]
+        self._kept = {id(row): self._base_hidden(row) for row in self._rows} if trial.anchor or trial.hold else {}
 
-    def train(self) -> Tensor:
-        """Train all steps; return the last one's mean losses, a number a seed, in nats a token."""
-        size, wanted = self._given.batch_size, len(self._rows) * self._given.epoch_count
-        numbers = [self._order(seed) for seed in self._seeds]
-        self._adapters.dropout = self._trial.dropout
-        torch.manual_seed(0)
-        for step in range(self._total):
-            count = min(size, wanted - step * size)
-            batch = [[self._rows[n] for n in islice(order, count)] for order in numbers]
-            losses = self._gradient(batch)
-            self._change(step)
-            self._average(step)
-            self._adapters.refresh()
-        self._adapters.dropout = 0.0
-        if self._mean is not None:
-            self._adapters.weights.copy_(self._mean)
-        return losses
+    def _train(self, batch: Sequence[Row]) -> tuple[float, float]:
+        loss = self._learn(batch, self.micro_batch_tokens)
+        norm = torch.linalg.vector_norm(self.adapter.gradient)
+        self.adapter.gradient.mul_((self.recipe.clip_norm / (norm + 1e-6)).clamp_(max=1.0))
+        self._change()
+        self._average()
+        if self.step + 1 == self.total_steps:
+            if self._mean is not None:
+                self.adapter.weights.copy_(self._mean)
+            for layer in self.adapter.layers.values():
+                layer.b.mul_(self._trial.serve)
+        self.adapter.refresh()
+        return loss, norm.item()
 
-    def _order(self, seed: int) -> Iterator[int]:
-        numbers = order(len(self._rows), seed)
-        while self._trial.sort:
-            epoch = islice(numbers, len(self._rows))
-            yield from sorted(epoch, key=lambda n: len(self._rows[n]))
-        yield from numbers
+    def _learn(self, batch: Sequence[Row], most_tokens: int) -> float:
+        plain = Trial()
+        names = ("reduction", "smoothing", "confident", "focal", "entropy", "prompt", "anchor", "hold")
+        if all(getattr(self._trial, name) == getattr(plain, name) for name in names):
+            return super()._learn(batch, most_tokens)
+        self.adapter.gradient.zero_()
+        learnt = sum(row.learnt for row in batch)
+        by_row = self._trial.reduction == "row"
+        shares = [1 / (len(batch) * row.learnt) if by_row else 1 / learnt for row in batch]
+        prompts = sum(len(self._places(row)) for row in batch)
+        share_of = {id(row): share for row, share in zip(batch, shares, strict=True)}
+        total = 0.0
+        for rows in micro_batches(batch, most_tokens):
+            made, self._head.plan = self._planned(rows, share_of, 1 / max(1, prompts))
+            total += self._network.learn(made, 1.0) / learnt
+        self._head.plan = None
+        return total
 
-    def _hidden(self, tokens: Tensor) -> Tensor:
-        found: Tensor = self._base.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        return found
+    def _places(self, row: Row) -> list[int]:
+        """Return which of a row's prompt tokens are learnt or held."""
+        trial = self._trial
+        places = list(range(len(row.prompt) - 1)) if trial.prompt or trial.anchor or trial.hold else []
+        most = self._trial.anchored
+        return places if not most or len(places) <= most else places[:: math.ceil(len(places) / most)]
 
-    @torch.no_grad()
-    def _base_hidden(self) -> dict[int, Tensor]:
-        """Return the base model's own hidden states at each row's prompt."""
-        self._adapters.enabled = False
-        kept = {id(row): self._hidden(torch.tensor([row.prompt]))[0, :-1] for row in self._rows}
-        self._adapters.enabled = True
-        return kept
+    def _planned(self, rows: Sequence[Row], share_of: Mapping[int, float], of_prompt: float) -> tuple[Batch, Plan]:
+        """Return a batch of answers, then prompts to learn, then prompts to hold, then places that fill up."""
+        made, starts, start = collate(rows, self._base.device), [], 0
+        for row in rows:
+            starts.append(start)
+            start += len(row)
+        prompts = [at + place for row, at in zip(rows, starts, strict=True) for place in self._places(row)]
+        places, targets = made.places[: made.learnt].tolist(), made.targets[: made.learnt].tolist()
+        weights = [share_of[id(row)] for row in rows for _ in range(row.learnt)]
+        kinds = [False] * len(places)
+        for weight, kind in ((self._trial.prompt, False), (self._trial.anchor or self._trial.hold, True)):
+            if weight:
+                places, kinds = places + prompts, kinds + [kind] * len(prompts)
+                targets = targets + [int(made.tokens[place + 1]) for place in prompts]
+                weights = weights + [weight * of_prompt] * len(prompts)
+        fill = -len(places) % STEP_OF_PLACES
+        plan = Plan(
+            torch.tensor(weights + [0.0] * fill),
+            torch.tensor(kinds + [False] * fill),
+            torch.cat([self._kept[id(row)] for row in rows]) if self._kept else torch.empty(0, 1),
+        )
+        places, targets = places + places[:1] * fill, targets + [0] * fill
+        return replace(made, places=torch.tensor(places), targets=torch.tensor(targets)), plan
 
-    def _gradient(self, batch: Sequence[Sequence[Row]]) -> Tensor:
-        """Fill in the gradients; return the mean loss of each seed's rows."""
-        learnt = torch.tensor([float(sum(row.learnt for row in rows)) for rows in batch])
-        prompts = torch.tensor([float(sum(len(row.prompt) - 1 for row in rows)) for rows in batch])
-        self._adapters.gradient.zero_()
-        losses = sum((self._part(part, len(batch[0]), learnt, prompts) for part in _parts(batch)), torch.zeros(()))
-        norm = self._adapters.gradient.norm(dim=1, keepdim=True)
-        self._adapters.gradient.mul_((self._trial.clip / (norm + 1e-6)).clamp(max=1.0))
-        return losses / learnt
+    def _base_hidden(self, row: Row) -> Tensor:
+        """Return the base model's hidden states at a row's places: the new adapter changes nothing yet."""
+        made = collate([row], self._base.device)
+        places = self._places(row)
+        padded = torch.tensor(places + [0] * (-len(places) % STEP_OF_PLACES))
+        self._network.evaluate(replace(made, places=padded, targets=torch.zeros_like(padded)))
+        return self._head.seen[: len(places)].clone()
 
-    def _part(self, batch: Sequence[Sequence[Row]], size: int, learnt: Tensor, prompts: Tensor) -> Tensor:
-        """Add the gradients of a part of a batch; return the sum of each seed's losses."""
-        rows = [row for part in batch for row in part]
-        made = collate(rows, self._base.device)
-        head = self._base.model.get_output_embeddings().weight
-        at, seed_of = made.positions[:, 0], torch.arange(len(rows)) // len(batch[0])
-        weights = 1 / learnt[seed_of[at]]
-        if self._trial.reduction == "row":
-            weights = 1 / (size * torch.bincount(at).float()[at])
-        with self._noise():
-            hidden = self._hidden(made.tokens)
-        losses = _loss(hidden, head, Targets(made.positions, made.targets, weights), self._trial)
-        total = losses.sum()
-        for extra in self._prompts(rows, made.tokens, 1 / prompts[seed_of]):
-            total = total + _loss(hidden, head, extra, Trial()).sum()
-        total.backward()  # type: ignore[no-untyped-call]
-        return torch.zeros(len(batch)).index_add(0, seed_of[at], losses.detach())
+    def _initialise(self) -> None:
+        trial = self._trial
+        for path, layer in self.adapter.layers.items():
+            size = layer.a.norm()
+            if trial.initial == "orthogonal":
+                layer.a.copy_(torch.linalg.qr(layer.a.T)[0].T)
+            elif trial.initial != "uniform":
+                layer.a.copy_(self._directions(path))
+            layer.a.mul_(trial.initial_scale * size / layer.a.norm())
+        self.adapter.refresh()
 
-    def _prompts(self, rows: Sequence[Row], tokens: Tensor, weights: Tensor) -> Iterator[Targets]:
-        """Yield what is learnt at the prompts' own tokens."""
-        if not self._trial.prompt and not self._trial.anchor:
-            return
-        at = torch.tensor([(n, column) for n, row in enumerate(rows) for column in range(len(row.prompt) - 1)])
-        weights = weights[at[:, 0]]
-        if self._trial.prompt:
-            yield Targets(at, tokens[at[:, 0], at[:, 1] + 1], weights * self._trial.prompt)
-        if self._trial.anchor:
-            yield Targets(at, torch.cat([self._kept[id(row)] for row in rows]), weights * self._trial.anchor)
+    def _directions(self, path: str) -> Tensor:
+        """Return singular directions of a layer's weight, (rank, in_features)."""
+        tensors = load_file(self._base.weights.path / "model.safetensors")
+        weight = tensors[f"{path}.weight"].float()
+        vectors = torch.linalg.eigh(weight.T @ weight)[1]  # in ascending order
+        rank = self._trial.rank
+        chosen: Tensor = vectors[:, -rank:] if self._trial.initial == "top" else vectors[:, :rank]
+        return chosen.T
 
-    @contextmanager
-    def _noise(self) -> Iterator[None]:
-        """Put noise on the embeddings: NEFTune, Jain et al. 2023, arXiv:2310.05914."""
-
-        def shake(_module: Any, _given: Any, embedded: Tensor) -> Tensor:
-            size = self._trial.noise / math.sqrt(embedded.shape[1] * embedded.shape[2])
-            drawn = torch.rand(embedded.shape, generator=self._random) * 2 - 1
-            # Relative to the embeddings' own size, which the paper's models had at about 1.
-            return embedded + (drawn * size * embedded.float().std()).to(embedded.dtype)
-
-        embed = self._base.model.base_model.embed_tokens
-        hook = embed.register_forward_hook(shake) if self._trial.noise else None
-        try:
-            yield
-        finally:
-            if hook is not None:
-                hook.remove()
-
-    def _vector(self, value: Callable[[str, str], float]) -> Tensor:
+    def _flat(self, value: Callable[[str, str], float]) -> Tensor:
         """Return a flat vector with a value for each layer's A and B."""
-        parts = []
-        for path, layer in self._adapters.layers.items():
-            parts += [torch.full((layer.a[0].numel(),), value(path, "a"))]
-            parts += [torch.full((layer.b[0].numel(),), value(path, "b"))]
-        return torch.cat(parts)
+        weights = self.adapter.weights.clone()
+        for path, layer in self.adapter.layers.items():
+            layer.a.fill_(value(path, "a"))
+            layer.b.fill_(value(path, "b"))
+        made = self.adapter.weights.clone()
+        self.adapter.weights.copy_(weights)
+        return made
 
     def _rate_of(self, path: str, side: str) -> float:
         trial = self._trial
-        numbers = [int(word) for name in self._adapters.layers for word in name.split(".") if word.isdigit()]
+        numbers = [int(word) for name in self.adapter.layers for word in name.split(".") if word.isdigit()]
         depth = next(int(word) for word in path.split(".") if word.isdigit()) / max(numbers)
         if trial.layers and not any(word in path for word in trial.layers.split("+")):
             return 0.0
@@ -476,11 +343,11 @@ class TrialRuns:
         rate = trial.a_rate if side == "a" else trial.b_rate
         return rate * trial.rate * (trial.depth_rate + (1 - trial.depth_rate) * depth)
 
-    def _factor(self, step: int) -> float:
-        """Return the share of the learning rate at a step, from 0."""
-        trial, done = self._trial, step / self._total
+    def _factor(self) -> float:
+        """Return the share of the learning rate at this step."""
+        trial, done = self._trial, self.step / self.total_steps
         if done < trial.warmup:
-            return (step + 1) / (math.ceil(trial.warmup * self._total) + 1)
+            return (self.step + 1) / (math.ceil(trial.warmup * self.total_steps) + 1)
         left = 1 - (done - trial.warmup) / (1 - trial.warmup)
         return {
             "linear": left,
@@ -489,11 +356,11 @@ class TrialRuns:
             "late": min(1.0, left / 0.3),
         }[trial.schedule]
 
-    def _change(self, step: int) -> None:
+    def _change(self) -> None:
         """Change the weights: AdamW, its sign, or Muon (orthogonalised momentum)."""
-        trial, number = self._trial, step + 1
-        rate = self._given.learning_rate * self._factor(step)
-        weights, gradient = self._adapters.weights, self._adapters.gradient
+        trial, number = self._trial, self.step + 1
+        rate = self._given.learning_rate * self._factor()
+        weights, gradient = self.adapter.weights, self.adapter.gradient
         if trial.weight_decay:
             weights.mul_(1 - rate * trial.weight_decay)
         self._first.lerp_(gradient, 1 - trial.beta1)
@@ -509,24 +376,22 @@ class TrialRuns:
 
     def _orthogonal(self, flat: Tensor) -> Tensor:
         """Return each matrix's nearest orthogonal one, half as large as Adam's first change is."""
-        made = torch.empty_like(flat)
-        for layer in self._adapters.layers.values():
-            start = layer.start
+        weights = self.adapter.weights.clone()
+        self.adapter.weights.copy_(flat)
+        for layer in self.adapter.layers.values():
             for part in (layer.a, layer.b):
-                end = start + part[0].numel()
-                matrix = flat[:, start:end].view(part.shape)
-                wide = matrix if matrix.shape[1] < matrix.shape[2] else matrix.transpose(1, 2)
-                values, vectors = torch.linalg.eigh(wide @ wide.transpose(1, 2))
-                inverse = (vectors * values.clamp(min=1e-20).rsqrt().unsqueeze(1)) @ vectors.transpose(1, 2)
-                nearest = inverse @ wide * (0.5 * math.sqrt(wide.shape[2]))
-                nearest = nearest if wide is matrix else nearest.transpose(1, 2)
-                made[:, start:end] = nearest.reshape(len(made), -1)
-                start = end
+                wide = part if part.shape[0] < part.shape[1] else part.T
+                values, vectors = torch.linalg.eigh(wide @ wide.T)
+                inverse = (vectors * values.clamp(min=1e-20).rsqrt()) @ vectors.T
+                nearest = inverse @ wide * (0.5 * math.sqrt(wide.shape[1]))
+                part.copy_(nearest if wide is part else nearest.T)
+        made = self.adapter.weights.clone()
+        self.adapter.weights.copy_(weights)
         return made
 
-    def _average(self, step: int) -> None:
+    def _average(self) -> None:
         kind, _, value = self._trial.average.partition(":")
-        weights, done = self._adapters.weights, (step + 1) / self._total
+        weights, done = self.adapter.weights, (self.step + 1) / self.total_steps
         if kind == "ema":
             # A short memory at first, so that the start is forgotten.
             self._averaged += 1
@@ -537,43 +402,32 @@ class TrialRuns:
             self._mean = weights.clone() if self._mean is None else self._mean.lerp_(weights, 1 / self._averaged)
 
 
-@torch.inference_mode()
-def answers(base: Base, cases: Sequence[Row], seeds: int = 1) -> list[list[bool]]:
-    """Return for each seed and case whether the whole answer is what greedy generation gives.
-
-    Args:
-        base: With the adapters of so many seeds attached; or with one adapter, or none.
-        cases: What is asked.
-        seeds: How many adapters there are.
-    """
-    head = base.model.get_output_embeddings().weight
-    right = [[False] * len(cases) for _ in range(seeds)]
-    left = sorted(range(len(cases)), key=lambda n: len(cases[n]))
-    while left:
-        many = max(1, EVALUATION_TOKENS // (seeds * len(cases[left[-1]])))
-        part, left = left[-many:], left[:-many]
-        batch = collate([cases[n] for n in part] * seeds, base.device)
-        hidden = base.model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
-        chunks = torch.split(hidden[batch.positions[:, 0], batch.positions[:, 1]], HEAD_ROWS)
-        found = torch.cat([functional.linear(chunk.contiguous(), head).argmax(-1) for chunk in chunks])
-        wrong = set(batch.positions[found != batch.targets, 0].tolist())
-        for number in range(seeds * len(part)):
-            right[number // len(part)][part[number % len(part)]] = number not in wrong
-    return right
+def answers(network: Network, cases: Iterable[Row], device: torch.device) -> list[bool]:
+    """Return for each case whether the whole answer is what greedy generation gives."""
+    right: dict[int, bool] = {}
+    cases = list(cases)
+    for part in micro_batches(cases, EVALUATION_TOKENS):
+        hits = network.evaluate(collate(part, device))[1]
+        for row, of_row in zip(part, torch.split(hits, [row.learnt for row in part]), strict=True):
+            right[id(row)] = bool(of_row.all())
+    return [right[id(row)] for row in cases]
 
 
-def _parts(batch: Sequence[Sequence[Row]]) -> list[list[list[Row]]]:
-    """Return a batch as one part or, where that spares much padding, as one of short and one of long rows."""
-    rows = [sorted(part, key=len) for part in batch]
-    widths = [max(len(part[n]) for part in rows) for n in range(len(rows[0]))]
-    tokens = {cut: cut * widths[cut - 1] + (len(widths) - cut) * widths[-1] for cut in range(1, len(widths))}
-    cut = min(tokens, key=tokens.__getitem__, default=0)
-    if cut == 0 or tokens[cut] > 0.75 * len(widths) * widths[-1]:
-        return [rows]
-    return [[part[:cut] for part in rows], [part[cut:] for part in rows]]
+def take_over(network: Network, folder: Path) -> None:
+    """Put an adapter that PEFT saved, of the network's rank and scale, into the network's."""
+    network.adapter.weights.zero_()
+    tensors: dict[str, Any] = load_file(folder / "adapter_model.safetensors")
+    for path, layer in network.adapter.layers.items():
+        for side, part in (("A", layer.a), ("B", layer.b)):
+            found = tensors.pop(f"base_model.model.{path}.lora_{side}.weight", None)
+            if found is not None:
+                part.copy_(found)
+    if tensors:
+        raise SystemExit(f"{folder} adapts layers that are not known here: {min(tensors)}")
+    network.adapter.refresh()
 
 
-def _loss(hidden: Tensor, head: Tensor, wanted: Targets, trial: Trial) -> Tensor:
-    at = hidden[wanted.positions[:, 0], wanted.positions[:, 1]]
-    losses: Tensor = _Loss.apply(at, head, wanted, trial)  # type: ignore[no-untyped-call]
-    return losses
+def shape_of(folder: Path) -> tuple[int, float]:
+    """Return the rank and alpha of an adapter that PEFT saved."""
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    return config["r"], config["lora_alpha"]

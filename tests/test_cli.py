@@ -69,10 +69,10 @@ def test_the_servers_words_reach_the_terminal(server: Server, tmp_path: Path) ->
     file = tmp_path / "bad.csv"
     file.write_text("text_input,output\n1,2\n3,\n")
     error = server.run("tune", str(file), "--base", "tiny-gemma3", "--url", server.url, code=1)
-    assert "examples[1].output: output is empty" in error
+    assert "line 3, output: output is empty" in error
     assert "Traceback" not in error
     file.write_text("question,answer\n1,2\n")
-    assert "row 0: needs text_input and output, has question, answer" in server.run("tune", str(file), code=1)
+    assert "line 2: needs text_input and output, has question, answer" in server.run("tune", str(file), code=1)
     file.write_text("text_input,output\n1,2\n")
     assert "tunesmith serve" in server.run("tune", str(file), "--url", "http://127.0.0.1:1", code=1)
 

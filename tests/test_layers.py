@@ -12,8 +12,9 @@ SOURCE = Path(tunesmith.__file__).parent
 LAYERS = [
     {"__main__"},
     {"cli"},
+    {"commands"},
     {"demo", "login", "machine", "certificates"},
-    {"app", "client", "terminal"},
+    {"app", "client", "terminal", "progress"},
     {"api"},
     {"auth"},
     {"services"},
@@ -29,7 +30,20 @@ LAYERS = [
     {"protos"},
 ]
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
-TORCH_FREE = {"api", "auth", "services", "store", "protos", "caller", "errors", "config", "cli", "client", "app"}
+TORCH_FREE = {
+    "api",
+    "auth",
+    "services",
+    "store",
+    "protos",
+    "caller",
+    "errors",
+    "config",
+    "cli",
+    "commands",
+    "client",
+    "app",
+}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

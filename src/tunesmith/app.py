@@ -78,7 +78,7 @@ class Parts:
     def open(cls, settings: Settings) -> Self:
         """Open the data dir, making it when there is none."""
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        database = Database(settings.database)
+        database = Database(settings.database, settings.database_wait_seconds)
         database.migrate()
         return cls(
             settings,

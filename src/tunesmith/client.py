@@ -1,9 +1,10 @@
 """A small client of our own REST API, for the commands."""
 
+import json
 import re
 import ssl
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
@@ -11,14 +12,25 @@ from typing import Any, Self
 
 import httpx2
 
-POLL_SECONDS = 0.25
 PATIENCE = 60.0  # seconds that a server may be away while its job is watched
+AWAY_SECONDS = 1.0  # between two attempts to reach one that is away
+SILENCE = 60.0  # seconds; a watch that works gives a sign of life four times in them
 UNAUTHORIZED = 401
+GATEWAYS = {502, 503, 504}  # what answers while a server restarts
+STOPPING = {"UNAVAILABLE", "CANCELLED"}  # with which a server that stops ends its streams
 TIMEOUT = httpx2.Timeout(30.0, read=600.0)  # seconds; a long answer takes its time
 
 
 class ClientError(Exception):
-    """The server refused; the message is for a person."""
+    """The server refused; the message is for a person.
+
+    Attributes:
+        violations: What is wrong with a request, field by field: its path, then the reason.
+    """
+
+    def __init__(self, message: str, violations: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.violations = violations
 
 
 class Unreachable(ClientError):
@@ -81,7 +93,7 @@ class Client:
         except ValueError:
             raise ClientError(f"{self._url} answered {response.status_code}, and not in JSON.") from None
         if response.is_error:
-            raise ClientError(answer["error"]["message"])
+            raise _refusal(answer["error"])
         return answer
 
     def _send(self, method: str, path: str, body: Any, parameters: dict[str, Any]) -> httpx2.Response:
@@ -90,26 +102,79 @@ class Client:
         except httpx2.TransportError as error:
             raise _unreachable(self._url, error) from error
 
-    def tune(self, model: dict[str, Any], tuned_model_id: str | None = None) -> dict[str, Any]:
-        """Create a tuned model and return its operation."""
+    def tune(
+        self, model: dict[str, Any], tuned_model_id: str | None = None, options: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Create a tuned model and return its operation.
+
+        Args:
+            model: The tuned model.
+            tuned_model_id: None: the server makes one.
+            options: TuningOptions; None: ask with Google's own method.
+        """
         parameters = {"tunedModelId": tuned_model_id} if tuned_model_id else {}
-        operation: dict[str, Any] = self.call("POST", "tunedModels", model, **parameters)
+        if options is None:
+            operation: dict[str, Any] = self.call("POST", "tunedModels", model, **parameters)
+        else:
+            operation = self.call(
+                "POST", "tunedModels:tune", {"tunedModel": model, "options": options, **parameters}
+            )
         return operation
 
-    def watch(self, operation: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield an operation as it proceeds, until it is done; a server that restarts meanwhile is waited for."""
-        answered = time.monotonic()
+    def events(self, model: str) -> Iterator[dict[str, Any] | None]:
+        """Yield what happened and what happens to a tuned model's job, until it is done.
+
+        A server that is away for a while is waited for: meanwhile this yields None, then goes on where it was.
+
+        Raises:
+            ClientError: The call failed; with the server's own words.
+            Unreachable: The server stayed away.
+        """
+        last, away = 0, 0.0
         while True:
+            heard = False
             try:
-                operation = self.call("GET", operation["name"])
-                answered = time.monotonic()
+                for event in self._watch(model, last):
+                    away = 0.0
+                    if event is None:
+                        continue
+                    heard, last = True, event.get("eventId", last)
+                    yield event
+                    if "finished" in event:
+                        return
+                # A job that ended before events were kept has none to tell.
+                if not heard and self.call("GET", model)["state"] != "CREATING":
+                    return
             except Unreachable:
-                if time.monotonic() - answered > PATIENCE:
+                away = away or time.monotonic()
+                if time.monotonic() - away > PATIENCE:
                     raise
-            yield operation
-            if operation.get("done"):
-                return
-            time.sleep(POLL_SECONDS)
+            yield None
+            time.sleep(AWAY_SECONDS)
+
+    def _watch(self, model: str, last: int) -> Iterator[dict[str, Any] | None]:
+        """Yield events after the last one, and None for a sign of life, until the server ends the stream."""
+        headers = {"last-event-id": str(last)} if last else {}
+        try:
+            with closing(self._open(f"{model}:watch", {"alt": "sse"}, headers, SILENCE)) as response:
+                if response.status_code in GATEWAYS:
+                    raise _unreachable(self._url, response.status_code)
+                _refuse(response)
+                yield None
+                for line in response.iter_lines():
+                    yield self._event(line)
+        except httpx2.TransportError as error:
+            raise _unreachable(self._url, error) from error
+
+    def _event(self, line: str) -> dict[str, Any] | None:
+        """Return the event of a line of server-sent events; None of one that has none."""
+        name, _, value = line.partition(":")
+        if name != "data":
+            return None
+        event: dict[str, Any] = json.loads(value)
+        if error := event.get("error"):
+            raise _unreachable(self._url, error["message"]) if error["status"] in STOPPING else _refusal(error)
+        return event
 
     def tuned_models(self) -> Iterator[dict[str, Any]]:
         """Yield the caller's tuned models, oldest first."""
@@ -152,11 +217,20 @@ class Client:
         except httpx2.TransportError as error:
             raise ClientError(f"The download broke off: {error}. Try again.") from error
 
-    def _open(self, path: str, parameters: dict[str, Any]) -> httpx2.Response:
-        """Return a response of which only the head has been read."""
+    def _open(
+        self,
+        path: str,
+        parameters: dict[str, Any],
+        headers: dict[str, str] | None = None,
+        silence: float | None = None,
+    ) -> httpx2.Response:
+        """Return a response of which only the head has been read; it may then be silent for so many seconds."""
+        timeout = httpx2.Timeout(30.0, read=silence) if silence else TIMEOUT
 
         def send() -> httpx2.Response:
-            request = self._http.build_request("GET", f"/v1beta/{path}", params=parameters)
+            request = self._http.build_request(
+                "GET", f"/v1beta/{path}", params=parameters, headers=headers, timeout=timeout
+            )
             return self._http.send(request, stream=True)
 
         response = send()
@@ -169,11 +243,7 @@ class Client:
 
 def _save(response: httpx2.Response, out: Path | None, show: Callable[[int, int], None]) -> Path:
     """Write a response into a file, under another name until it is whole."""
-    if response.is_error:
-        response.read()
-        answer = response.json()
-        # A method that streams refuses in a list.
-        raise ClientError((answer[0] if isinstance(answer, list) else answer)["error"]["message"])
+    _refuse(response)
     named = re.search(r'filename="([^"/\\]+)"', response.headers.get("content-disposition", ""))
     name = named[1] if named else "download"
     file = (out or Path()) / name if out is None or out.is_dir() else out
@@ -188,6 +258,23 @@ def _save(response: httpx2.Response, out: Path | None, show: Callable[[int, int]
     finally:
         part.unlink(missing_ok=True)
     return file
+
+
+def _refuse(response: httpx2.Response) -> None:
+    """Raise what a method that streams refuses with, if it does."""
+    if response.is_error:
+        response.read()
+        try:
+            answer = response.json()
+        except ValueError:
+            raise ClientError(f"{response.url} answered {response.status_code}, and not in JSON.") from None
+        raise _refusal((answer[0] if isinstance(answer, list) else answer)["error"])
+
+
+def _refusal(error: dict[str, Any]) -> ClientError:
+    details: Iterable[dict[str, Any]] = error.get("details", [])
+    wrong = [violation for detail in details for violation in detail.get("fieldViolations", [])]
+    return ClientError(error["message"], [(one.get("field", ""), one.get("description", "")) for one in wrong])
 
 
 def post_form(url: str, path: str, form: Mapping[str, str], ca_file: str | None = None) -> dict[str, Any]:
@@ -215,5 +302,5 @@ def _trust(ca_file: str | None) -> ssl.SSLContext | bool:
     return ssl.create_default_context(cafile=ca_file) if ca_file else True
 
 
-def _unreachable(url: str, error: Exception) -> Unreachable:
+def _unreachable(url: str, error: Exception | str | int) -> Unreachable:
     return Unreachable(f"No Tunesmith answers at {url} ({error}). Start one with: tunesmith serve")

@@ -145,6 +145,11 @@ class Settings(BaseSettings):
     )
     workers: int = Field(1, ge=0, description="Training processes that `serve` starts; 0 for none.")
     database_url: str = Field("", description="SQLAlchemy URL; empty for SQLite in the data dir.")
+    database_wait_seconds: float = Field(
+        10.0,
+        gt=0,
+        description="How long a request waits for a SQLite database that another process has locked, before 503.",
+    )
     artifacts_url: str = Field("", description="fsspec URL for adapters; empty for the data dir.")
     catalog: Path | None = Field(None, description="A TOML file with more base models, as catalog.toml.")
     aliases: dict[str, str] = Field(

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from tunesmith.client import Client, ClientError
 from tunesmith.config import Settings
-from tunesmith.terminal import loss_curve, show_tuning
+from tunesmith.progress import show_tuning
+from tunesmith.terminal import loss_curve
 
 EXAMPLES = [
     ("1", "2"),
@@ -72,12 +73,11 @@ def run(console: Console, client: Client, url: str) -> bool:
     console.print(
         f"[bold]Tuning[/]  POST {url}/v1beta/tunedModels, {len(EXAMPLES)} examples such as 3 → 4", soft_wrap=True
     )
-    operation = show_tuning(console, client.watch(client.tune(TUNED_MODEL)))
-    if "error" in operation:
-        raise ClientError(operation["error"]["message"])
-    losses = [snapshot["meanLoss"] for snapshot in operation["metadata"]["snapshots"]]
-    console.print(loss_curve(losses), highlight=False)
-    model = operation["metadata"]["tunedModel"]
+    model = client.tune(TUNED_MODEL)["metadata"]["tunedModel"]
+    job = show_tuning(console, client.events(model), model)
+    if job.finished.get("state") != "ACTIVE":
+        raise ClientError(job.finished.get("reason", f"{model} was not tuned."))
+    console.print(loss_curve([*job.losses.values()]), highlight=False)
     answers = {text: client.generate(model, text) for text in HELD_OUT}
     console.print(f"\n[bold]Asking[/]  POST {url}/v1beta/{model}:generateContent", soft_wrap=True)
     console.print(_table(answers))

@@ -5,10 +5,14 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunesmith.base_models import weights
 from tunesmith.base_models.catalog import Catalog
 from tunesmith.config import Settings
+
+if TYPE_CHECKING:
+    from tunesmith.training.kernels import Kernels
 
 GIB = 1 << 30
 ENOUGH_MEMORY = 4 * GIB  # a server and a worker with the default base model
@@ -59,6 +63,7 @@ def _compute(settings: Settings) -> Iterator[Finding]:
     import torch
 
     from tunesmith.base_models.device import compute_dtype, pick_device
+    from tunesmith.training import kernels
 
     device = pick_device(settings.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -71,6 +76,15 @@ def _compute(settings: Settings) -> Iterator[Finding]:
         not slow,
         "this CPU has no bfloat16 matrix instructions: tuning works, several times slower" if slow else "",
     )
+    if device.type == "cpu" and not slow:
+        yield _kernels(kernels.find(device, dtype, settings.cache_dir / "kernels"))
+
+
+def _kernels(found: "Kernels") -> Finding:
+    """Say whether training's small operations are compiled for this CPU."""
+    compiled = found.name != "torch"
+    remedy = "" if compiled else "install a C compiler (cc): tuning is then two to three times as fast"
+    return Finding("training kernels", found.name, compiled, remedy)
 
 
 def _disk(what: str, path: Path) -> Finding:

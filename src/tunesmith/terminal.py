@@ -63,27 +63,13 @@ def download_bar(console: Console, what: str) -> Iterator[Callable[[int, int], N
         yield lambda done, total: progress.update(task, completed=done, total=total or None)
 
 
-def show_tuning(console: Console, operations: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Show an operation's progress and loss until it is done; return it as it ended."""
-    with progress_bar(console, "step {task.completed}/{task.total}", "{task.fields[loss]}") as progress:
-        task = progress.add_task("Waiting for a worker", total=None, loss="")
-        operation: dict[str, Any] = {}
-        for operation in operations:
-            metadata = operation["metadata"]
-            snapshots = metadata.get("snapshots")
-            progress.update(
-                task,
-                description="Tuning" if snapshots else "Waiting for a worker",
-                total=metadata["totalSteps"],
-                completed=metadata.get("completedSteps", 0),
-                loss=f"loss {snapshots[-1]['meanLoss']:.3f}" if snapshots else "",
-            )
-        progress.update(task, description="Tuned" if "response" in operation else "Ended")
-    return operation
+def loss_curve(losses: Sequence[float], last_step: int | None = None) -> str:
+    """Return the losses as a bar chart of text, the first step on the left.
 
-
-def loss_curve(losses: Sequence[float]) -> str:
-    """Return the losses as a bar chart of text, the first step on the left."""
+    Args:
+        losses: Of steps that are evenly spread.
+        last_step: The last one's number; None: they are of all steps.
+    """
     step = max(1, -(-len(losses) // CURVE_COLUMNS))
     means = [sum(losses[i : i + step]) / len(losses[i : i + step]) for i in range(0, len(losses), step)]
     width = max(1, min(4, CURVE_COLUMNS // len(means)))
@@ -95,24 +81,24 @@ def loss_curve(losses: Sequence[float]) -> str:
         label = f"{top * row / CURVE_ROWS:6.2f} ┤"
         lines.append(label + "".join(_EIGHTHS[eighths] * width for eighths in filled))
     lines.append("  loss └" + "─" * (width * len(means)))
-    lines.append(" " * 8 + "step 1" + f"{len(losses)}".rjust(max(1, width * len(means) - 6)))
+    lines.append(" " * 8 + "step 1" + f"{last_step or len(losses)}".rjust(max(1, width * len(means) - 6)))
     return "\n".join(lines)
 
 
 def tuned_models_table(models: Iterable[dict[str, Any]]) -> Table:
-    """Return the tuned models, a row each."""
+    """Return the tuned models, a row each, times in local time."""
     table = Table(box=None, pad_edge=False)
     for column in ("NAME", "DISPLAY NAME", "STATE", "BASE MODEL", "LOSS", "CREATED"):
-        table.add_column(column, no_wrap=column == "NAME")
+        table.add_column(column, no_wrap=column in ("NAME", "CREATED"))
     for model in models:
         snapshots = model["tuningTask"].get("snapshots")
         table.add_row(
             model["name"],
             model.get("displayName", ""),
             model["state"],
-            model.get("baseModel", ""),
+            model.get("baseModel", "").removeprefix("models/"),
             f"{snapshots[-1]['meanLoss']:.3f}" if snapshots else "",
-            model["createTime"][:19].replace("T", " "),
+            datetime.fromisoformat(model["createTime"]).astimezone().strftime("%Y-%m-%d %H:%M"),
         )
     return table
 

@@ -12,7 +12,7 @@ from tunesmith import protos
 from tunesmith.auth.accounts import Accounts
 from tunesmith.errors import Cancelled, FailedPrecondition
 from tunesmith.jobs import queue
-from tunesmith.jobs.queue import Claim, JobQueue, LeaseLost
+from tunesmith.jobs.queue import Claim, GivenUp, JobQueue, LeaseLost
 from tunesmith.store import events
 from tunesmith.store.database import Database
 from tunesmith.store.tables import Job, Report, Snapshot, TunedModel
@@ -56,12 +56,34 @@ def enqueue(database: Database, name: str, create_time: float = 0.0) -> None:
         )
 
 
+class Clocks:
+    """A machine's: what it takes for the time of day, and how long it has run."""
+
+    def __init__(self, time: float = 1e9) -> None:
+        self.time, self.seconds = time, 0.0
+
+    def queue(self, database: Database, lease_seconds: float = 60) -> JobQueue:
+        return JobQueue(database, lease_seconds, lambda: self.time, lambda: self.seconds)
+
+    def go_on(self, seconds: float) -> None:
+        self.time, self.seconds = self.time + seconds, self.seconds + seconds
+
+
+def look(jobs: JobQueue, clocks: Clocks, worker: str, seconds: float) -> Claim | None:
+    """Look for a job once a second as a worker does, until there is one or the time is over."""
+    for _ in range(round(seconds)):
+        if claim := jobs.claim(worker):
+            return held(claim)
+        clocks.go_on(1)
+    return None
+
+
 def step(number: int, mean_loss: float) -> protos.TuningStep:
     return protos.TuningStep(step=number, mean_loss=mean_loss, seconds=0.5, eta_seconds=8.0)
 
 
-def held(claim: Claim | None) -> Claim:
-    assert claim is not None
+def held(claim: Claim | GivenUp | None) -> Claim:
+    assert isinstance(claim, Claim)
     return claim
 
 
@@ -103,11 +125,12 @@ def test_many_workers_at_once_never_get_one_job_twice(database: Database) -> Non
 
 def test_a_lease_that_ran_out_gives_the_job_to_another_and_fences_the_first_off(database: Database) -> None:
     enqueue(database, "x")
-    jobs = JobQueue(database, lease_seconds=0.05)
+    clocks = Clocks()
+    jobs = clocks.queue(database)
     first = held(jobs.claim("a"))
     jobs.record(first, step(1, 0.5))
-    threading.Event().wait(0.1)  # the lease
-    second = held(jobs.claim("b"))
+    assert look(jobs, clocks, "b", 59) is None
+    second = held(look(jobs, clocks, "b", 3))
     assert (second.job, second.attempt, second.recorded_steps) == (first.job, 2, 1)
     for write in (
         lambda: jobs.renew(first),
@@ -131,12 +154,12 @@ def test_a_lease_that_ran_out_gives_the_job_to_another_and_fences_the_first_off(
 
 def test_renewing_keeps_the_job(database: Database) -> None:
     enqueue(database, "x")
-    jobs = JobQueue(database, lease_seconds=0.2)
+    clocks = Clocks()
+    jobs = clocks.queue(database)
     claim = held(jobs.claim("a"))
     for _ in range(4):
-        threading.Event().wait(0.1)
+        assert look(jobs, clocks, "b", 50) is None
         assert not jobs.renew(claim).cancelled
-        assert jobs.claim("b") is None
 
 
 def test_the_lease_of_a_dead_worker_ends_at_once(database: Database) -> None:
@@ -156,7 +179,7 @@ def test_a_job_that_never_gets_through_a_step_is_given_up(database: Database) ->
     for worker in ("a", "b", "c"):
         assert held(jobs.claim(worker)).tuned_model == "poison"
         jobs.release(worker)
-    assert jobs.claim("d") is None
+    assert jobs.claim("d") == GivenUp("job-poison", "poison", None)
     assert state_of(database, "poison") == FAILED
     status = protos.Status.FromString(job_of(database, "poison").error or b"")
     assert "ended 3 times in a row without finishing a step" in status.message
@@ -334,3 +357,94 @@ def test_how_a_job_is_trained_is_stored_once(database: Database) -> None:
     with database.read() as session:
         stored = protos.TuningReport.FromString(session.get_one(Report, "job-x").message)
     assert stored.recipe.rank == 16
+
+
+HOUR = 3600.0
+
+
+@pytest.mark.parametrize("jump", [HOUR, -HOUR])
+def test_a_clock_that_jumps_ends_no_lease_early_or_late(database: Database, jump: float) -> None:
+    enqueue(database, "x")
+    clocks = Clocks()
+    jobs = clocks.queue(database)
+    claim = held(jobs.claim("a"))
+    assert jobs.claim("b") is None
+    clocks.time += jump
+    assert look(jobs, clocks, "b", 30) is None
+    jobs.renew(claim)
+    assert look(jobs, clocks, "b", 59) is None
+    assert held(look(jobs, clocks, "b", 3)).attempt == 2
+
+
+@pytest.mark.parametrize("ahead", [HOUR, -HOUR])
+def test_machines_whose_clocks_differ_leave_each_others_jobs_alone(database: Database, ahead: float) -> None:
+    enqueue(database, "x")
+    here, there = Clocks(), Clocks(1e9 + ahead)
+    mine, theirs = here.queue(database), there.queue(database)
+    claim = held(mine.claim("a"))
+    for _ in range(10):
+        assert look(theirs, there, "b", 12) is None
+        here.go_on(12)
+        mine.renew(claim)
+    second = held(look(theirs, there, "b", 62))
+    with pytest.raises(LeaseLost):
+        mine.renew(claim)
+    assert look(mine, here, "a", 30) is None
+    theirs.finish(second, "adapter")
+
+
+def test_who_was_away_for_long_does_not_take_others_jobs(database: Database) -> None:
+    """A frozen machine, or a database that was locked: nobody could renew a lease."""
+    enqueue(database, "x")
+    clocks = Clocks()
+    jobs = clocks.queue(database)
+    claim = held(jobs.claim("a"))
+    assert jobs.claim("b") is None
+    clocks.go_on(1000)
+    assert jobs.claim("b") is None
+    jobs.renew(claim)
+
+
+def test_turns_go_on_when_the_clock_is_set_back(database: Database) -> None:
+    Accounts(database).create("bob@example.com")
+    for number in range(6):
+        enqueue(database, f"m{number}", float(number))
+        with database.write() as session:
+            account = ("ada", "bob")[number % 2]
+            session.get_one(Job, f"job-m{number}").account = f"{account}@example.com"
+    clocks = Clocks()
+    jobs, order = clocks.queue(database), list[str]()
+    for _ in range(6):
+        claim = held(jobs.claim("a"))
+        order.append(claim.tuned_model)
+        jobs.finish(claim, "adapter")
+        clocks.time -= HOUR
+    assert order == [f"m{number}" for number in range(6)]
+
+
+def test_steps_that_are_repeated_bring_a_job_no_further(database: Database) -> None:
+    """Or one that kills its worker at a later step would never end."""
+    enqueue(database, "x")
+    jobs = JobQueue(database, 60)
+    for number in range(3):
+        claim = held(jobs.claim("a"))
+        jobs.record(claim, step(1, 0.5))
+        jobs.record(claim, step(2, 0.5))
+        assert claim.fruitless == max(0, number - 1)
+        assert jobs.release("a") == (number == 0)
+    jobs.checkpointed(held(jobs.claim("a")), "path", 1)
+    assert jobs.release("a")
+    for _ in range(3):
+        held(jobs.claim("a"))
+        jobs.release("a")
+    assert isinstance(jobs.claim("a"), GivenUp)
+
+
+def test_what_memory_allows_is_kept(database: Database) -> None:
+    enqueue(database, "x")
+    jobs = JobQueue(database, 60)
+    claim = held(jobs.claim("a"))
+    jobs.warn(claim, protos.DataWarning(kind="micro_batch", message="less"), 128)
+    jobs.put_back(claim)
+    assert held(jobs.claim("b")).micro_batch_tokens == 128
+    assert [event.warning.kind for event in told(database, "x") if event.HasField("warning")] == ["micro_batch"]

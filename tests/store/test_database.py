@@ -1,13 +1,17 @@
 """The database: migrations, transactions, several writers."""
 
+import sqlite3
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
+from sqlalchemy.exc import OperationalError
 
+from tunesmith.errors import Unavailable
 from tunesmith.store.database import Database
 from tunesmith.store.tables import Account, Table
 
@@ -89,3 +93,44 @@ def test_writers_wait_for_each_other(url: str) -> None:
         assert session.scalar(text("PRAGMA foreign_keys")) == 1
     for each in [database, *others]:
         each.close()
+
+
+def test_a_database_that_another_process_locks_is_unavailable_to_writers(url: str) -> None:
+    database = Database(url, busy_seconds=0.3)
+    database.migrate()
+    locked = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)
+    locked.execute("BEGIN IMMEDIATE")
+    refused, began = list[Unavailable](), time.monotonic()
+
+    def write() -> None:
+        try:
+            with database.write() as session:
+                session.add(Account(email="ada@example.com", password_hash=None, create_time=0.0))
+        except Unavailable as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - began < 20 * 0.3 / 2  # they do not wait for one another
+    assert {error.message.partition(".")[0] for error in refused} == {
+        "The server's database is locked by another process"
+    }
+    assert len(refused) == 20
+    with database.read() as session:
+        assert session.get(Account, "ada@example.com") is None
+    locked.execute("ROLLBACK")
+    locked.close()
+    write()
+    assert len(refused) == 20
+    database.close()
+
+
+def test_faults_of_ours_are_not_the_databases(url: str) -> None:
+    database = Database(url)
+    database.migrate()
+    with pytest.raises(OperationalError, match="no such table"), database.read() as session:
+        session.execute(text("SELECT * FROM nothing"))
+    database.close()

@@ -10,9 +10,10 @@ from tunesmith import protos
 from tunesmith.base_models.prompts import FORMATS
 from tunesmith.errors import FailedPrecondition
 from tunesmith.training import loop
-from tunesmith.training.batches import collate, micro_batches
+from tunesmith.training.batches import Batch, collate, micro_batches
 from tunesmith.training.examples import Row, order, tokenize
 from tunesmith.training.loop import Base, TuningRun
+from tunesmith.training.network import Network
 
 PAIRS = [("one", "two"), ("3", "4"), ("a longer input text", "with a longer answer"), ("x", "y"), ("7", "8")]
 
@@ -211,3 +212,70 @@ def test_adapter_files_go_back_in(base: Base, rows: list[Row]) -> None:
     with TuningRun(base, rows, hyperparameters(), 1) as other:
         other.adapter.from_files(files)
         assert torch.equal(other.adapter.weights, trained)
+
+
+class Short:
+    """A network that has memory for so many tokens at once."""
+
+    def __init__(self, network: Network, tokens: int, error: Exception) -> None:
+        self.adapter, self.sizes = network.adapter, list[int]()
+        self._network, self._tokens, self._error = network, tokens, error
+
+    def learn(self, batch: Batch, weight: float) -> float:
+        self.sizes.append(sum(batch.lengths))
+        loss = self._network.learn(batch, weight)
+        if self.sizes[-1] > self._tokens:
+            raise self._error  # after it has changed the gradient
+        return loss
+
+    def evaluate(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._network.evaluate(batch)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    ],
+)
+def test_a_step_that_runs_out_of_memory_is_done_in_smaller_parts(
+    base: Base, rows: list[Row], error: Exception
+) -> None:
+    def losses(tokens: int) -> tuple[list[float], TuningRun]:
+        with TuningRun(base, rows, hyperparameters(batch=5), 0) as run:
+            run._network = short = Short(run._network, tokens, error)
+            found = [step.mean_loss for step in run]
+            assert all(size <= tokens for size in short.sizes[-8:])
+            return found, run
+
+    together, run = losses(10_000)
+    assert run.micro_batch_tokens == loop.MICRO_BATCH_TOKENS
+    longest = max(map(len, rows))
+    parted, run = losses(longest + 32)
+    assert parted == pytest.approx(together, rel=1e-3)
+    assert run.micro_batch_tokens < longest * len(rows)
+
+
+def test_a_row_that_memory_does_not_hold_ends_the_run(base: Base, rows: list[Row]) -> None:
+    with TuningRun(base, rows, hyperparameters(batch=5), 0) as run:
+        run._network = Short(run._network, 10, MemoryError())
+        longest = max(map(len, rows))
+        with pytest.raises(FailedPrecondition, match=rf"{longest} tokens, and 1 of all 5 are as long"):
+            list(run)
+
+
+def test_other_errors_are_no_shortage(base: Base, rows: list[Row]) -> None:
+    with TuningRun(base, rows, hyperparameters(batch=5), 0) as run:
+        run._network = Short(run._network, 10, RuntimeError("shape mismatch"))
+        with pytest.raises(RuntimeError, match="shape mismatch"):
+            list(run)
+
+
+def test_a_run_after_a_kill_takes_less(base: Base, rows: list[Row]) -> None:
+    with TuningRun(base, rows, hyperparameters(batch=5), 0) as run:
+        run.be_frugal(one_by_one=False)
+        assert 1 < run.micro_batch_tokens < max(map(len, rows)) * 5
+        run.be_frugal(one_by_one=True)
+        assert run.micro_batch_tokens == 1

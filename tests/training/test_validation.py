@@ -15,7 +15,7 @@ from tunesmith.training import loop
 from tunesmith.training.batches import Batch
 from tunesmith.training.examples import Row, tokenize
 from tunesmith.training.hyperparameters import Options
-from tunesmith.training.loop import Base, Step, TuningRun, Validation
+from tunesmith.training.loop import Base, Recipe, Step, TuningRun, Validation
 
 PAIRS = [
     ("one", "two"),
@@ -27,6 +27,13 @@ PAIRS = [
     ("12", "13"),
 ]
 HELD_OUT = [1, 4]
+FULL = Recipe(strength=1.0)
+
+
+@pytest.fixture(autouse=True)
+def full_strength(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter as it was trained."""
+    monkeypatch.setattr(loop, "STRENGTHS", (1.0,))
 
 
 @pytest.fixture
@@ -42,7 +49,7 @@ def tuning(base: Base, rows: list[Row], epochs: int = 4, **changes: Any) -> Tuni
     given = protos.Hyperparameters(
         epoch_count=epochs, batch_size=changes.pop("batch", 2), learning_rate=changes.pop("rate", 0.01)
     )
-    return TuningRun(base, rows, given, **{"seed": 5, "held_out": HELD_OUT} | changes)
+    return TuningRun(base, rows, given, **{"seed": 5, "held_out": HELD_OUT, "recipe": FULL} | changes)
 
 
 def events(run: TuningRun, count: int | None = None) -> list[Step | Validation]:
@@ -241,3 +248,32 @@ def test_a_validation_loss_that_is_no_number_ends_the_run(base: Base, rows: list
         run.adapter.refresh()
         with pytest.raises(FailedPrecondition, match="validation loss after step 3 is not a number"):
             next(going)
+
+
+def test_the_strength_is_the_one_that_held_out_rows_prefer(
+    base: Base, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losses(strengths: tuple[float, ...]) -> tuple[float, float, torch.Tensor]:
+        monkeypatch.setattr(loop, "STRENGTHS", strengths)
+        with tuning(base, rows, epochs=12, rate=0.03) as run:
+            events(run)
+            return run.strength, run._scores().loss, weights_of(run)
+
+    each = {strength: losses((strength,)) for strength in (1.0, 0.8, 0.6)}
+    strength, loss, weights = losses((1.0, 0.8, 0.6))
+    assert (strength, loss) == min(((own, found) for own, found, _ in each.values()), key=lambda pair: pair[1])
+    assert torch.equal(weights, each[strength][2])
+
+
+def test_without_held_out_rows_the_recipe_says_how_strong(base: Base, rows: list[Row]) -> None:
+    with tuning(base, rows, held_out=()) as run:
+        events(run)
+        full = {path: (layer.a.clone(), layer.b.clone()) for path, layer in run.adapter.layers.items()}
+        assert run.manifest()["recipe"]["strength"] == 1.0
+    with tuning(base, rows, held_out=(), recipe=Recipe(strength=0.5)) as run:
+        events(run)
+        run.settle()  # once is enough
+        for path, layer in run.adapter.layers.items():
+            assert torch.equal(layer.a, full[path][0])
+            assert torch.equal(layer.b, full[path][1] * 0.5)
+        assert run.manifest()["recipe"]["strength"] == 0.5

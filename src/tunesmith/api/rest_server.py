@@ -47,7 +47,7 @@ from tunesmith.api.system_parameters import (
 )
 from tunesmith.api.transcoding import Match, Router, to_message
 from tunesmith.auth.scopes import INSUFFICIENT_SCOPE
-from tunesmith.errors import ApiError, InvalidArgument, Unauthenticated
+from tunesmith.errors import ApiError, InvalidArgument, Unauthenticated, Unavailable
 
 THREADS = 40
 """Calls of one service that run at a time; the next ones wait their turn."""
@@ -107,10 +107,22 @@ def rest_app(
     own = [Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", prometheus)]
     described = document_routes(dispatcher.summaries())
     api = _Api(dispatcher, max_body_bytes, receive_seconds, shown, threads, inline)
-    app = Starlette(routes=[*own, *described, *routes], middleware=[_cors(cors_origins)], lifespan=lifespan)
+    app = Starlette(
+        routes=[*own, *described, *routes],
+        middleware=[_cors(cors_origins)],
+        exception_handlers={Unavailable: _unavailable},
+        lifespan=lifespan,
+    )
     # Not a route: those match no path with a line break in it, and would answer in words of their own.
     app.router.default, app.router.redirect_slashes = api, False
     return app
+
+
+async def _unavailable(_request: Request, error: Exception) -> Response:
+    """Answer for the routes of sign-in, in OAuth's words, while the database is not available."""
+    body = {"error": "temporarily_unavailable", "error_description": str(error)}
+    seconds = error.retry_seconds if isinstance(error, Unavailable) else None
+    return JSONResponse(body, Unavailable.http, {"retry-after": f"{math.ceil(seconds)}"} if seconds else None)
 
 
 def _cors(origins: Sequence[str]) -> Middleware:

@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from tunesmith.auth.scopes import known_scope
 from tunesmith.auth.tokens import digest
-from tunesmith.errors import InvalidArgument, NotFound
+from tunesmith.errors import InvalidArgument, NotFound, Unavailable
 from tunesmith.store import audit
 from tunesmith.store.database import Database
 from tunesmith.store.tables import Account, ApiKey
@@ -125,7 +125,7 @@ class ApiKeys:
             try:
                 with self._database.write() as session:
                     session.execute(written)
-            except SQLAlchemyError as error:  # the next use is a minute later
+            except (SQLAlchemyError, Unavailable) as error:  # the next use is a minute later
                 log.warning("cannot write when the API key %s was used: %s", key_id, error)
 
 

@@ -3,14 +3,17 @@
 import itertools
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from tunesmith.jobs.queue import JobQueue
+from tunesmith.store.database import DatabaseUnavailable
 
 FIRST_BACKOFF = 0.5  # seconds before a worker that died is started again
 LONGEST_BACKOFF = 30.0
@@ -24,10 +27,23 @@ class LocalLauncher:
 
     A worker holds the reading end of a pipe that only this process writes to: however this process ends, the
     worker sees the pipe close, puts its job back and ends too.
+
+    Args:
+        workers: How many.
+        arguments: Of each, beside its name.
+        queue: Where their jobs are.
+        program: What a worker runs, before its arguments.
     """
 
-    def __init__(self, workers: int, arguments: Sequence[str], queue: JobQueue) -> None:
+    def __init__(
+        self,
+        workers: int,
+        arguments: Sequence[str],
+        queue: JobQueue,
+        program: Sequence[str] = (sys.executable, "-m", "tunesmith"),
+    ) -> None:
         self._arguments, self._queue = list(arguments), queue
+        self._program = list(program)
         self._stopping = threading.Event()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._threads = [
@@ -43,6 +59,7 @@ class LocalLauncher:
     def stop(self) -> None:
         """Let each worker finish its step and put its job back; kill those that take too long."""
         self._stopping.set()
+        self._queue.stopping.set()
         for process in list(self._processes.values()):
             process.terminate()
         for thread in self._threads:
@@ -55,17 +72,27 @@ class LocalLauncher:
         backoff = FIRST_BACKOFF
         for start in itertools.count():
             name = f"{socket.gethostname()}-{os.getpid()}-{number}-{start}"
-            command = [sys.executable, "-m", "tunesmith", "worker", "--name", name, "--stop-with-stdin"]
+            command = [*self._program, "worker", "--name", name, "--stop-with-stdin"]
             started = time.monotonic()
             with subprocess.Popen([*command, *self._arguments], stdin=subprocess.PIPE) as process:
                 self._processes[number] = process
                 if self._stopping.is_set():
                     process.terminate()
                 code = process.wait()
-            self._queue.release(name)  # nobody waits for the lease of a worker that is known to be dead
             del self._processes[number]
+            progress = False
+            with suppress(DatabaseUnavailable):  # while all stops: then its lease runs out
+                progress = self._queue.release(name)  # nobody waits for a worker that is known to be dead
             if self._stopping.wait(backoff):
                 return
-            logger.warning("worker %s ended with code %d; starting another", name, code)
+            logger.warning("worker %s ended%s; starting another", name, _how(code))
             lived = time.monotonic() - started
-            backoff = FIRST_BACKOFF if lived > LONGEST_BACKOFF else min(backoff * 2, LONGEST_BACKOFF)
+            again = progress or lived > LONGEST_BACKOFF
+            backoff = FIRST_BACKOFF if again else min(backoff * 2, LONGEST_BACKOFF)
+
+
+def _how(code: int) -> str:
+    """Return how a process ended, in words."""
+    if code == -signal.SIGKILL:
+        return " by SIGKILL; the system kills what takes too much memory: see the kernel's log (`dmesg`)"
+    return f" by signal {-code}" if code < 0 else f" with code {code}"

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith import protos
 from tunesmith.store import events
-from tunesmith.store.tables import Account, Job
+from tunesmith.store.tables import RELEASED, Account, Job
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def _state(job: Job) -> int:
 
 
 def _under_way() -> ColumnElement[bool]:
-    return and_(Job.state == "running", Job.lease_until >= time.time())
+    # Whether a lease is over, only who would claim the job knows, unless its worker is known to be dead.
+    return and_(Job.state == "running", Job.lease_until != RELEASED)
 
 
 def _running(session: Session, job: Job) -> _Running:

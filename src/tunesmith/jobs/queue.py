@@ -1,18 +1,24 @@
 """The job queue: rows with leases.
 
 A job is queued, then running under a lease that its worker renews, then done. A stalled job is not a state
-but a query: running, and its lease has run out. What a worker writes carries its claim; once another worker
-has claimed the job, the first one's writes are refused.
+but an observation: it is running, and for as long as leases last nobody has renewed this one. Who would claim
+it counts that time by a clock of its own that only goes forward: clocks that jump or are wrong end no lease
+early or late. What a worker writes carries its claim; once another worker has claimed the job, the first one's
+writes are refused.
 
 Accounts take turns: the next job is of the account that has the fewest running, among these of the one that had
 its turn the longest ago, and is its oldest. A job that was begun goes on before all that were not. One that is
 paused is queued too, or stalled, and passed over.
 """
 
+import logging
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Select, and_, case, delete, func, not_, or_, select, update
 from sqlalchemy.orm import Session
@@ -21,17 +27,24 @@ from tunesmith import protos
 from tunesmith.errors import ApiError, Cancelled, FailedPrecondition, ResourceExhausted
 from tunesmith.jobs import places
 from tunesmith.store import events
-from tunesmith.store.database import Database
+from tunesmith.store.database import Database, DatabaseUnavailable
 from tunesmith.store.snapshots import add_snapshots
-from tunesmith.store.tables import Account, Job, Report, Snapshot, TunedModel
+from tunesmith.store.tables import RELEASED, Account, Job, Report, Snapshot, TunedModel
 from tunesmith.store.times import now, now_in_microseconds, to_timestamp
 from tunesmith.training.hyperparameters import Options
 
 MOST_FRUITLESS_ATTEMPTS = 3
-RELEASED = 0.0
-"""When a lease ends of which is known that nobody holds it."""
+RENEWALS = 5  # of a lease, while it lasts
+AWAY_SECONDS = 1.0  # between two looks at leases, at least: who was away that long may not have been the only one
 FULL_SECONDS = 30.0
 """When to try again with one job too many: jobs take from seconds to hours."""
+LONGEST_PAUSE = 5.0  # seconds between two tries, while the database is not available
+_FIRST_PAUSE = 0.1
+
+_Given = ParamSpec("_Given")
+_Found = TypeVar("_Found")
+
+logger = logging.getLogger(__name__)
 
 
 class LeaseLost(Exception):
@@ -47,6 +60,9 @@ class Claim:
         recorded_steps: The steps that earlier attempts finished.
         start: Path of the adapter that training starts from; None to start from the base model alone.
         checkpoint: Path of the newest checkpoint in the artifact store.
+        fruitless: How many attempts in a row just before this one got no further.
+        micro_batch_tokens: How many tokens may go through the model at once since memory ran out; None when it
+            did not.
         options: How it is tuned beyond the hyperparameters; None for a job from before there were any.
     """
 
@@ -61,6 +77,8 @@ class Claim:
     recorded_steps: int
     start: str | None
     checkpoint: str | None
+    fruitless: int
+    micro_batch_tokens: int | None
     cancelled: bool
     options: protos.TuningOptions | None
 
@@ -73,20 +91,85 @@ class Wishes:
     paused: bool
 
 
-class JobQueue:
-    """Jobs in the database; safe to share between threads and processes."""
+@dataclass(frozen=True)
+class GivenUp:
+    """A job that ended instead of being claimed: the artifacts that it had are needed no more."""
 
-    def __init__(self, database: Database, lease_seconds: float) -> None:
+    job: str
+    tuned_model: str
+    start: str | None
+
+
+@dataclass(frozen=True)
+class _Sighting:
+    """When a lease was first seen as it is, by the clock that counts seconds."""
+
+    attempt: int
+    lease_until: float | None
+    time: float
+
+
+def _patiently(
+    method: Callable[Concatenate["JobQueue", _Given], _Found],
+) -> Callable[Concatenate["JobQueue", _Given], _Found]:
+    """Return a method that waits for the database when that is locked, full or gone."""
+
+    @wraps(method)
+    def again(self: "JobQueue", /, *args: _Given.args, **kwargs: _Given.kwargs) -> _Found:
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                return method(self, *args, **kwargs)
+            except DatabaseUnavailable as error:
+                if self.stopping.is_set():
+                    raise
+                logger.warning("%s Waiting for it to %s.", error.message.partition(". ")[0], method.__name__)
+            self.stopping.wait(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    return again
+
+
+class JobQueue:
+    """Jobs in the database; safe to share between threads and processes.
+
+    While the database is not available, its methods wait.
+
+    Args:
+        database: Where the jobs are.
+        lease_seconds: How long a worker that gives no sign of life keeps its job.
+        clock: Seconds since the epoch, as far as this machine knows.
+        elapsed: Seconds since any moment: this clock never jumps.
+
+    Attributes:
+        stopping: When it is set, methods no longer wait for the database but raise DatabaseUnavailable.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        lease_seconds: float,
+        clock: Callable[[], float] = time.time,
+        elapsed: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.database = database
         self.lease_seconds = lease_seconds
+        self.stopping = threading.Event()
+        self._clock, self._elapsed = clock, elapsed
+        self._sightings: dict[str, _Sighting] = {}
+        self._looked = elapsed()
 
-    def claim(self, worker: str) -> Claim | None:
+    @_patiently
+    def claim(self, worker: str) -> Claim | GivenUp | None:
         """Give the next job that nobody works on to a worker; None when there is none."""
         with self.database.read() as session:
-            if session.scalars(_next()).first() is None:
+            if session.scalars(_next(self._stalled(session))).first() is None:
                 return None
         with self.database.write() as session:
-            job_id = session.scalars(_next().with_for_update(of=Job, skip_locked=True)).first()
+            session.connection()  # begins the transaction, before the clock is looked at
+            job_id = session.scalars(
+                _next(self._stalled(session)).with_for_update(of=Job, skip_locked=True)
+            ).first()
             if job_id is None:
                 return None
             job = session.get_one(Job, job_id)
@@ -95,15 +178,14 @@ class JobQueue:
                 return None
             if job.fruitless_attempts >= MOST_FRUITLESS_ATTEMPTS:
                 _end(session, job, error=_gave_up(job))
-                return None
+                return GivenUp(job.id, job.tuned_model, job.start)
             started = protos.TuningEvent.Started(interruption=_interruption(session, job))
             job.state = "running"
             job.worker = worker
-            job.lease_until = time.time() + self.lease_seconds
+            job.lease_until = self._clock() + self.lease_seconds
             job.attempt += 1
             job.fruitless_attempts += 1
-            served = update(Account).where(Account.email == job.account)
-            session.execute(served.values(served_time=time.time()))
+            self._note_turn(session, job.account)
             model, message = _model(session, job)
             if not message.tuning_task.HasField("start_time"):
                 message.tuning_task.start_time.CopyFrom(now())
@@ -123,10 +205,37 @@ class JobQueue:
                 recorded_steps=recorded or 0,
                 start=job.start,
                 checkpoint=job.checkpoint,
+                fruitless=job.fruitless_attempts - 1,
+                micro_batch_tokens=job.micro_batch_tokens,
                 cancelled=job.cancelled,
                 options=None if job.options is None else protos.TuningOptions.FromString(job.options),
             )
 
+    def _stalled(self, session: Session) -> list[str]:
+        """Return the running jobs that nobody holds any more."""
+        now, stalled, sightings = self._elapsed(), list[str](), dict[str, _Sighting]()
+        if now - self._looked > max(AWAY_SECONDS, self.lease_seconds / RENEWALS):
+            # A frozen machine, a locked database: who holds a lease could not renew it either.
+            self._sightings = {}
+        self._looked = now
+        wanted = select(Job.id, Job.attempt, Job.lease_until).where(Job.state == "running")
+        for job, attempt, lease_until in session.execute(wanted):
+            seen = self._sightings.get(job)
+            if seen is None or (seen.attempt, seen.lease_until) != (attempt, lease_until):
+                seen = _Sighting(attempt, lease_until, now)
+            sightings[job] = seen
+            if lease_until == RELEASED or now - seen.time >= self.lease_seconds:
+                stalled.append(job)
+        self._sightings = sightings
+        return stalled
+
+    def _note_turn(self, session: Session, account: str) -> None:
+        """Note that an account has its turn, after all others, also where the clock was set back."""
+        latest = session.scalar(select(func.max(Account.served_time))) or 0.0
+        turn = max(self._clock(), latest + 1e-3)
+        session.execute(update(Account).where(Account.email == account).values(served_time=turn))
+
+    @_patiently
     def renew(self, claim: Claim) -> Wishes:
         """Prolong the lease; return what was asked meanwhile.
 
@@ -134,9 +243,10 @@ class JobQueue:
             LeaseLost: The claim no longer holds. So do all methods below that take a claim.
         """
         with self._held(claim) as (_, job):
-            job.lease_until = time.time() + self.lease_seconds
+            job.lease_until = self._clock() + self.lease_seconds
             return Wishes(job.cancelled, job.paused)
 
+    @_patiently
     def describe(self, claim: Claim, recipe: protos.TuningRecipe, warnings: Iterable[protos.DataWarning]) -> None:
         """Store how the job is trained, and what is worth a look in its rows; the first attempt's word stays."""
         with self._held(claim) as (session, job):
@@ -146,10 +256,12 @@ class JobQueue:
                 for warning in warnings:
                     events.tell(session, job.id, protos.TuningEvent(warning=warning))
 
+    @_patiently
     def record(self, claim: Claim, step: protos.TuningStep) -> Wishes:
         """Store a finished step, replacing what an earlier attempt stored of it; return what was asked for."""
         with self._held(claim) as (session, job):
-            job.fruitless_attempts = 0
+            if step.step > claim.recorded_steps:
+                job.fruitless_attempts = 0
             time_ns = time.time_ns()
             session.merge(
                 Snapshot(
@@ -163,17 +275,29 @@ class JobQueue:
             events.tell(session, job.id, protos.TuningEvent(step=step, time=to_timestamp(time_ns)))
             return Wishes(job.cancelled, job.paused)
 
+    @_patiently
     def validated(self, claim: Claim, validation: protos.TuningValidation) -> None:
         """Store a validation."""
         with self._held(claim) as (session, job):
             events.tell(session, job.id, protos.TuningEvent(validation=validation))
 
+    @_patiently
     def checkpointed(self, claim: Claim, path: str, step: int) -> None:
         """Note the newest checkpoint, made after a step."""
         with self._held(claim) as (session, job):
             job.checkpoint = path
+            job.fruitless_attempts = 0
             events.tell(session, job.id, protos.TuningEvent(checkpoint=protos.TuningEvent.Checkpoint(step=step)))
 
+    @_patiently
+    def warn(self, claim: Claim, warning: protos.DataWarning, micro_batch_tokens: int | None = None) -> None:
+        """Tell of trouble on the way; with how many tokens may go through the model at once from now on."""
+        with self._held(claim) as (session, job):
+            if micro_batch_tokens is not None:
+                job.micro_batch_tokens = micro_batch_tokens
+            events.tell(session, job.id, protos.TuningEvent(warning=warning))
+
+    @_patiently
     def finish(
         self, claim: Claim, adapter: str, error: ApiError | None = None, stopped_at: int | None = None
     ) -> None:
@@ -192,23 +316,28 @@ class JobQueue:
                 job.total_steps = stopped_at
             _end(session, job, adapter=adapter, error=error, reason=reason)
 
+    @_patiently
     def fail(self, claim: Claim, error: ApiError) -> None:
         """End the job without an adapter."""
         with self._held(claim) as (session, job):
             _end(session, job, error=error)
 
+    @_patiently
     def put_back(self, claim: Claim) -> None:
         """Give an unfinished job back: any worker may take it unless it is to rest; the attempt does not count."""
         with self._held(claim) as (session, job):
             job.fruitless_attempts = max(0, job.fruitless_attempts - 1)
             _park(session, job)
 
-    def release(self, worker: str) -> None:
-        """End the leases of a worker that is known to be dead."""
+    @_patiently
+    def release(self, worker: str) -> bool:
+        """End the leases of a worker that is known to be dead; return whether it got its job any further."""
         with self.database.write() as session:
-            session.execute(
-                update(Job).where(Job.worker == worker, Job.state == "running").values(lease_until=RELEASED)
-            )
+            held = select(Job).where(Job.worker == worker, Job.state == "running").with_for_update()
+            jobs = session.scalars(held).all()
+            for job in jobs:
+                job.lease_until = RELEASED
+            return any(job.fruitless_attempts == 0 for job in jobs)
 
     @contextmanager
     def _held(self, claim: Claim) -> Iterator[tuple[Session, Job]]:
@@ -305,13 +434,11 @@ def check_room(session: Session, account: str, most: int) -> None:
         raise ResourceExhausted.over("queued_jobs_per_account", most, account, what, FULL_SECONDS)
 
 
-def _next() -> Select[str]:
+def _next(stalled: Collection[str]) -> Select[str]:
     """Return the query of the job whose turn it is among those that nobody works on: queued and stalled ones."""
-    now = time.time()
-    stalled = and_(Job.state == "running", Job.lease_until < now)
     running = (
         select(Job.account, func.count().label("jobs"))
-        .where(Job.state == "running", Job.lease_until >= now)
+        .where(Job.state == "running", Job.id.not_in(stalled))
         .group_by(Job.account)
         .subquery()
     )
@@ -319,7 +446,9 @@ def _next() -> Select[str]:
         select(Job.id)
         .outerjoin(running, running.c.account == Job.account)
         .outerjoin(Account, Account.email == Job.account)
-        .where(or_(and_(Job.state == "queued", not_(Job.paused)), stalled))
+        .where(
+            or_(and_(Job.state == "queued", not_(Job.paused)), and_(Job.state == "running", Job.id.in_(stalled)))
+        )
         .order_by(
             case((Job.attempt > 0, 0), else_=1),
             func.coalesce(running.c.jobs, 0),
@@ -333,8 +462,9 @@ def _next() -> Select[str]:
 
 def _gave_up(job: Job) -> ApiError:
     return FailedPrecondition(
-        f"The training process ended {job.fruitless_attempts} times in a row without finishing a step, perhaps "
-        "for want of memory; the server's log says more. Try shorter examples or a smaller batch size."
+        f"The training process ended {job.fruitless_attempts} times in a row without finishing a step, the last "
+        "time with one example at a time, perhaps for want of memory. Try shorter examples or a smaller base "
+        "model, or ask the server's operator, whose log says more."
     )
 
 

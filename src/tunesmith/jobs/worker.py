@@ -18,10 +18,11 @@ from tunesmith.base_models.catalog import BaseModel, Catalog
 from tunesmith.base_models.device import pick_device
 from tunesmith.base_models.prompts import FORMATS
 from tunesmith.config import Settings
-from tunesmith.errors import ApiError, Cancelled, FailedPrecondition
+from tunesmith.errors import ApiError, Cancelled, FailedPrecondition, NotFound
 from tunesmith.jobs import queue
-from tunesmith.jobs.queue import Claim, JobQueue, LeaseLost, Wishes
-from tunesmith.store.artifacts import ArtifactStore
+from tunesmith.jobs.queue import RENEWALS, Claim, GivenUp, JobQueue, LeaseLost, Wishes
+from tunesmith.store.artifacts import ArtifactStore, NotStored
+from tunesmith.store.database import DatabaseUnavailable
 from tunesmith.store.sweep import sweep_model
 from tunesmith.training import checks, examples, split
 from tunesmith.training.examples import Row
@@ -29,6 +30,8 @@ from tunesmith.training.loop import Base, Step, TuningRun, Validation
 
 POLL_SECONDS = 0.2
 PACE_STEPS = 20  # of which the mean says how long the rest will take
+CHECKPOINT_SHARE = 20  # checkpoints take at most one part in so many of the training time
+LONGEST_PAUSE = 60.0  # seconds between two tries to store an adapter
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ class Lease:
     """Renews a claim from a thread of its own, so that a slow step does not lose it.
 
     Attributes:
-        lost: Set when the job belongs to somebody else, or when renewing failed: stop at once.
+        lost: Set when the job belongs to somebody else: stop at once.
         cancelled: Set when the caller asked for the job's end.
         paused: Set while the caller wants the job to rest.
     """
@@ -69,13 +72,13 @@ class Lease:
 
     def _renew(self) -> None:
         try:
-            while not self._done.wait(self._queue.lease_seconds / 5):
+            while not self._done.wait(self._queue.lease_seconds / RENEWALS):
                 self.heed(self._queue.renew(self._claim))
-        except LeaseLost:
+        except (LeaseLost, DatabaseUnavailable):
             pass  # the trainer sees it below
         finally:
             if not self._done.is_set():
-                self.lost.set()  # also when the database cannot be reached: another worker may take over
+                self.lost.set()
 
 
 class Pace:
@@ -106,6 +109,34 @@ class Pace:
         )
 
 
+class Checkpoints:
+    """When to make the next one: after so many seconds, and seldom enough to cost little.
+
+    Args:
+        seconds: Training time between two; 0 for one each step.
+        eagerly_until: Make one after each step up to this one: an attempt before got no further, and what is
+            stored then is not done a third time.
+
+    Attributes:
+        failing: Whether the last one could not be stored.
+    """
+
+    def __init__(self, seconds: float, eagerly_until: int) -> None:
+        self._seconds, self._eagerly_until = seconds, eagerly_until
+        self._last, self._cost = time.monotonic(), 0.0
+        self.failing = False
+
+    def due(self, step: int) -> bool:
+        """Return whether one is to be made after a step."""
+        if step <= self._eagerly_until or not self._seconds:
+            return True
+        return time.monotonic() - self._last >= max(self._seconds, CHECKPOINT_SHARE * self._cost)
+
+    def made(self, seconds: float) -> None:
+        """Note that one was made, or failed, and how long it took."""
+        self._last, self._cost = time.monotonic(), seconds
+
+
 class Worker:
     """Does jobs one after another; the base model stays in memory between them."""
 
@@ -131,7 +162,7 @@ class Worker:
         if self._training.is_set():
             return False
         if claim := self._claim:
-            with suppress(LeaseLost):
+            with suppress(LeaseLost, DatabaseUnavailable):  # else its lease runs out
                 self._queue.put_back(claim)
         return True
 
@@ -141,17 +172,25 @@ class Worker:
         An error that is not the job's own ends the process: the job's lease runs out, whoever started the
         worker starts another, and a job that never gets through a step is given up by the queue.
         """
+        self._queue.stopping = stop
         logger.info("worker %s is ready", self._name)
         while not stop.is_set():
-            claim = self._claim = self._queue.claim(self._name)
-            if claim is None:
-                stop.wait(POLL_SECONDS)
-                continue
             try:
-                self._work(claim, stop)
+                claim = self._queue.claim(self._name)
+                if isinstance(claim, Claim):
+                    self._claim = claim
+                    self._work(claim, stop)
+                elif claim:
+                    logger.warning("job %s of tunedModels/%s is given up", claim.job, claim.tuned_model)
+                    self._clean_up(claim)
+                else:
+                    stop.wait(POLL_SECONDS)
             except LeaseLost as lost:
                 logger.warning("%s; leaving it", lost)
+            except DatabaseUnavailable as error:  # only once it is to stop
+                logger.warning("%s The job's lease runs out.", error.message)
             finally:
+                self._claim = None
                 self._training.clear()
 
     def warm_up(self, model: BaseModel) -> None:
@@ -182,11 +221,12 @@ class Worker:
                 if lease.cancelled.is_set() and not claim.recorded_steps:
                     raise Cancelled("The operation was cancelled before the first step was finished.")
                 self._train(claim, lease, stop)
+            except DatabaseUnavailable:
+                raise  # it is not the job's fault
             except ApiError as error:
                 logger.warning("job %s failed: %s", claim.job, error.message)
                 self._queue.fail(claim, error)
-                self._artifacts.delete(_folder(claim))
-                self._release(claim)
+                self._clean_up(claim)
 
     def _train(self, claim: Claim, lease: Lease, stop: threading.Event) -> None:
         model = self._catalog.get(f"models/{claim.base}")
@@ -201,21 +241,25 @@ class Worker:
         with TuningRun(
             base, rows, claim.hyperparameters, claim.seed, start=start, options=options, held_out=held_out
         ) as run:
-            if claim.checkpoint:
-                run.restore(self._artifacts.read(claim.checkpoint))
+            self._restore(claim, run)
             self._queue.describe(claim, _recipe(claim, base, run, len(rows), held_out), _messages(warnings))
             if self._to_the_end(claim, lease, stop, run):
-                self._publish(claim, run)
+                self._publish(claim, lease, stop, run)
 
     def _to_the_end(self, claim: Claim, lease: Lease, stop: threading.Event, run: TuningRun) -> bool:
         """Train; return whether for good, or whether the job was put back before its end."""
         if lease.cancelled.is_set() and run.step >= claim.recorded_steps:  # while it rested
             run.settle()
             return True
-        pace, checkpointed = Pace(run.total_steps), time.monotonic()
+        pace, memory = Pace(run.total_steps), run.micro_batch_tokens
+        checkpoints = Checkpoints(
+            self._settings.checkpoint_seconds, claim.recorded_steps if claim.fruitless else 0
+        )
         for told in run:
             if lease.lost.is_set():
-                raise LeaseLost(f"{self._name} could not renew its lease on job {claim.job}")
+                raise LeaseLost(f"{self._name} no longer holds job {claim.job}")
+            if run.micro_batch_tokens != memory:
+                memory = self._tell_of_memory(claim, run, run.step, "Memory ran out.")
             if isinstance(told, Validation):
                 self._queue.validated(claim, protos.TuningValidation(**asdict(told)))
                 continue
@@ -225,13 +269,40 @@ class Worker:
                 run.settle()
                 return True
             if (stop.is_set() or lease.paused.is_set()) and not run.finished:
-                self._checkpoint(claim, run)
+                self._checkpoint(claim, run, checkpoints)
                 self._queue.put_back(claim)
                 return False
-            if time.monotonic() - checkpointed >= self._settings.checkpoint_seconds:
-                self._checkpoint(claim, run)
-                checkpointed = time.monotonic()
+            if not run.finished and checkpoints.due(run.step):
+                self._checkpoint(claim, run, checkpoints)
         return True
+
+    def _restore(self, claim: Claim, run: TuningRun) -> None:
+        """Go on from the last checkpoint, with less memory when the process before was killed."""
+        if claim.checkpoint:
+            try:
+                run.restore(self._artifacts.read(claim.checkpoint))
+            except NotFound as error:
+                what = f"The last checkpoint cannot be used: {error.message} Training begins anew."
+                self._warn(claim, "checkpoint_lost", what)
+        run.micro_batch_tokens = claim.micro_batch_tokens or run.micro_batch_tokens
+        if claim.fruitless:
+            run.be_frugal(one_by_one=claim.fruitless > 1)
+            if run.micro_batch_tokens != claim.micro_batch_tokens:
+                why = "The training process ended before it finished a step, perhaps for want of memory."
+                self._tell_of_memory(claim, run, run.step + 1, why)
+
+    def _tell_of_memory(self, claim: Claim, run: TuningRun, step: int, why: str) -> int:
+        """Tell and store how many tokens go through the model at once from now on; return it."""
+        most = run.micro_batch_tokens
+        what = f"{why} From step {step} on a batch goes through the model in parts of at most "
+        what += f"{most:,} tokens." if most > 1 else "one example."
+        what += " The results are the same up to rounding, and training is slower; shorter examples need less."
+        self._warn(claim, "micro_batch", what, most)
+        return most
+
+    def _warn(self, claim: Claim, kind: str, message: str, micro_batch_tokens: int | None = None) -> None:
+        logger.warning("job %s: %s", claim.job, message)
+        self._queue.warn(claim, protos.DataWarning(kind=kind, message=message), micro_batch_tokens)
 
     def _start(self, claim: Claim, base: Base) -> dict[str, bytes] | None:
         """Return the files of the adapter that a job starts from.
@@ -250,18 +321,33 @@ class Worker:
                 )
         return self._artifacts.read(claim.start)
 
-    def _release(self, claim: Claim) -> None:
+    def _clean_up(self, claim: Claim | GivenUp) -> None:
+        """Remove what a job that failed has stored, and what was kept for it."""
+        self._artifacts.delete(_folder(claim))
+        self._release(claim)
+
+    def _release(self, claim: Claim | GivenUp) -> None:
         """Remove the adapter that the job started from when its model was deleted meanwhile."""
         if claim.start:
             sweep_model(self._queue.database, self._artifacts, claim.start.split("/")[1])
 
-    def _checkpoint(self, claim: Claim, run: TuningRun) -> None:
-        if not run.finished:
-            about = {"kind": "checkpoint", "step": run.step}
-            name, note = f"checkpoint-{claim.attempt}-{run.step}", partial(self._queue.checkpointed, step=run.step)
+    def _checkpoint(self, claim: Claim, run: TuningRun, checkpoints: Checkpoints) -> None:
+        """Make a checkpoint; when it cannot be stored, training goes on, and the one before stays."""
+        began, about = time.monotonic(), {"kind": "checkpoint", "step": run.step}
+        name, note = f"checkpoint-{claim.attempt}-{run.step}", partial(self._queue.checkpointed, step=run.step)
+        try:
             self._store(claim, name, run.checkpoint(), about, note)
+            checkpoints.failing = False
+        except NotStored as error:
+            if not checkpoints.failing:
+                what = f"The checkpoint after step {run.step} was not stored: {error.reason}. Training goes on; "
+                what += "after an interruption it would repeat more steps."
+                self._warn(claim, "checkpoint_not_stored", what)
+            checkpoints.failing = True
+        checkpoints.made(time.monotonic() - began)
 
-    def _publish(self, claim: Claim, run: TuningRun) -> None:
+    def _publish(self, claim: Claim, lease: Lease, stop: threading.Event, run: TuningRun) -> None:
+        """Store the adapter and end the job; while there is no space for it, wait, and stay ready to leave."""
         error, stopped_at = None, run.step if run.step < run.total_steps else None
         if not run.finished:
             error = Cancelled(
@@ -273,9 +359,31 @@ class Worker:
             partial(self._queue.finish, error=error, stopped_at=stopped_at),
         )
         about = {**run.manifest(), "started_from": claim.start}
-        self._store(claim, f"adapter-{claim.attempt}", files, about, finish)
+        pause = POLL_SECONDS
+        while True:
+            try:
+                self._store(claim, f"adapter-{claim.attempt}", files, about, finish)
+                break
+            except NotStored as failure:
+                if pause == POLL_SECONDS:
+                    what = f"Training is done, but its adapter was not stored: {failure.reason}. It will be tried "
+                    self._warn(claim, "adapter_not_stored", f"{what}again until it succeeds.")
+            if not self._rests(claim, lease, stop, pause):
+                return
+            pause = min(2 * pause, LONGEST_PAUSE)
         self._release(claim)
         logger.info("job %s: tunedModels/%s is ACTIVE", claim.job, claim.tuned_model)
+
+    def _rests(self, claim: Claim, lease: Lease, stop: threading.Event, seconds: float) -> bool:
+        """Wait; return False when the job was put back meanwhile, because the worker or the job is to stop."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if lease.lost.is_set():
+                raise LeaseLost(f"{self._name} no longer holds job {claim.job}")
+            if stop.wait(POLL_SECONDS) or lease.paused.is_set():
+                self._queue.put_back(claim)
+                return False
+        return True
 
     def _store(
         self,
@@ -298,7 +406,7 @@ class Worker:
                 self._artifacts.delete(f"{_folder(claim)}/{other}")
 
 
-def _folder(claim: Claim) -> str:
+def _folder(claim: Claim | GivenUp) -> str:
     return f"tunedModels/{claim.tuned_model}/{claim.job}"
 
 

@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from tunesmith import protos
 from tunesmith.caller import Caller
-from tunesmith.errors import ResourceExhausted
+from tunesmith.errors import ResourceExhausted, Unavailable
 from tunesmith.jobs.places import Place, places
 from tunesmith.store import events
 from tunesmith.store.database import Database
@@ -114,7 +114,7 @@ class Bulletin:
                     return
             try:
                 seen = self._look({watch.job for watch in watches})
-            except SQLAlchemyError as error:
+            except (SQLAlchemyError, Unavailable) as error:
                 log.warning("cannot look for news of jobs: %s", error)
             else:
                 for watch in watches:

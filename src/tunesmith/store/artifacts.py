@@ -4,17 +4,35 @@ An artifact is a folder of files and a manifest. The manifest is written last: t
 manifest does, and a half-written one is garbage that nobody reads.
 """
 
+import errno
 import hashlib
 import json
+import math
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import fsspec.implementations.local
 
 from tunesmith.errors import NotFound
 
 MANIFEST = "manifest.json"
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class NotStored(Exception):
+    """An artifact could not be stored, and nothing of it is left; another try may succeed.
+
+    Attributes:
+        reason: Why, and what the server's operator can do about it.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 class ArtifactStore:
@@ -22,18 +40,41 @@ class ArtifactStore:
 
     def __init__(self, url: str) -> None:
         self._files, self._root = fsspec.core.url_to_fs(url)
+        self._local = isinstance(self._files, fsspec.implementations.local.LocalFileSystem)
 
     def publish(self, path: str, files: Mapping[str, bytes], about: Mapping[str, Any]) -> None:
-        """Store an artifact: its files, then the manifest with `about` and the files' hashes."""
-        folder = self._at(path)
+        """Store an artifact: its files, then the manifest with `about` and the files' hashes.
+
+        Raises:
+            NotStored: There is no space left, or the store does not take it.
+        """
+        try:
+            self._publish(self._at(path), files, about)
+        except OSError as error:
+            with suppress(OSError):
+                self.delete(path)
+            if error.errno not in _NO_SPACE:
+                raise NotStored(f"{error.strerror or error} in {self._root}") from error
+            needed = math.ceil(sum(map(len, files.values())) / 1e6) + 1
+            raise NotStored(f"no space left on device: free {needed} MB in {self._root}") from error
+
+    def _publish(self, folder: str, files: Mapping[str, bytes], about: Mapping[str, Any]) -> None:
         self._files.makedirs(folder, exist_ok=True)
         for name, content in files.items():
-            self._files.pipe_file(f"{folder}/{name}", content)
+            self._write(f"{folder}/{name}", content)
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         manifest = json.dumps({**about, "files": hashes}, indent=2).encode()
         # A rename is atomic where a write is not.
-        self._files.pipe_file(f"{folder}/.{MANIFEST}", manifest)
+        self._write(f"{folder}/.{MANIFEST}", manifest)
         self._files.mv(f"{folder}/.{MANIFEST}", f"{folder}/{MANIFEST}")
+        if self._local:
+            for directory in (folder, str(Path(folder).parent)):
+                _sync(directory)
+
+    def _write(self, path: str, content: bytes) -> None:
+        self._files.pipe_file(path, content)
+        if self._local:
+            _sync(path)
 
     def manifest(self, path: str) -> dict[str, Any]:
         """Return an artifact's manifest.
@@ -81,3 +122,12 @@ class ArtifactStore:
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}".rstrip("/")
+
+
+def _sync(path: str) -> None:
+    """Bring a file or a folder to the disk: rows are there when they are committed, and name what must be too."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

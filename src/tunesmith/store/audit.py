@@ -21,7 +21,7 @@ from sqlalchemy import delete, func, or_, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from tunesmith.caller import Caller
-from tunesmith.errors import ApiError, InvalidArgument
+from tunesmith.errors import ApiError, InvalidArgument, Unavailable
 from tunesmith.store.tables import Account, AuditRecord
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LONGEST = 300  # characters of a field
 HOUR = 3600.0  # seconds
-NOTHING_TRIED = frozenset({"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED", "CANCELLED"})
+NOTHING_TRIED = frozenset({"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED", "CANCELLED", "UNAVAILABLE"})
 """Refusals that go unrecorded: they say nothing of rights, and who is over a limit must not fill the record."""
 
 log = logging.getLogger(__name__)
@@ -224,7 +224,7 @@ class Audit:
     def _use(self, caller: Caller) -> None:
         try:
             self.record(caller, "UseApiKey", f"apiKeys/{caller.credential.rpartition(' ')[2]}")
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, Unavailable) as error:
             log.warning("cannot record that %s was used: %s", caller.credential, error)
 
     def _record(self) -> None:

@@ -7,6 +7,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, validates
 
 from tunesmith import protos
 
+RELEASED = 0.0
+"""When a job's lease ends of which is known that nobody holds it."""
+
 
 class Table(DeclarativeBase):
     """Base of all tables; times are seconds since the epoch, UTC."""
@@ -310,9 +313,12 @@ class Job(Table):
     create_time: Mapped[float]
     attempt: Mapped[int] = mapped_column(default=0)
     fruitless_attempts: Mapped[int] = mapped_column(default=0)
-    """Claims since the last finished step: a job that keeps killing its worker is given up."""
+    """Claims since the job last got any further: one that keeps killing its worker is given up."""
+    micro_batch_tokens: Mapped[int | None]
+    """How many tokens may go through the model at once, since memory ran out; None while it did not."""
     worker: Mapped[str | None]
     lease_until: Mapped[float | None]
+    """When the lease ends, by the clock of who renewed it: the sign of life is that it changes."""
     cancelled: Mapped[bool] = mapped_column(default=False)
     start: Mapped[str | None]
     """Path of the adapter that training starts from, the parent's; it is kept until the job is done."""

@@ -70,7 +70,12 @@ class Kernels(Protocol):
 
     Activations are (tokens, ...) in the base's precision, and are computed with in float32. Gradients of the
     residual stream are float32, others in the base's precision.
+
+    Attributes:
+        name: What people call them.
     """
+
+    name: str
 
     def norm(self, x: Tensor, factor: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Return the root mean square norm of x times a factor, and what x was multiplied by."""
@@ -122,6 +127,8 @@ class Kernels(Protocol):
 
 class TorchKernels:
     """Everywhere, in torch's operations."""
+
+    name = "torch"
 
     def norm(self, x: Tensor, factor: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
@@ -207,6 +214,8 @@ def _activated(kind: str, gate: Tensor) -> Tensor:
 
 class CompiledKernels:
     """The same for bfloat16 on a CPU, compiled from kernels.c."""
+
+    name = "compiled"
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -320,6 +329,8 @@ class CompiledKernels:
 
 class MatrixUnitKernels(CompiledKernels):
     """The same on a CPU with Intel's matrix unit, and products with frozen matrices besides."""
+
+    name = "compiled, for the matrix unit"
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Return whether the products below take matrices of a shape, either way round."""

@@ -177,6 +177,12 @@ class Adapter:
         for stack in self.stacks:
             stack.refresh()
 
+    def weaken(self, strength: float) -> None:
+        """Multiply all B by a number, and so what the adapter adds to its layers' outputs."""
+        for layer in self.layers.values():
+            layer.b.mul_(strength)
+        self.refresh()
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Let the model answer without the adapter inside the block."""

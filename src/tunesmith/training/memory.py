@@ -7,7 +7,14 @@ import torch
 from tunesmith.training.batches import micro_batches
 from tunesmith.training.examples import Row
 
-_SIGNS = ("can't allocate memory", "out of memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
+_SIGNS = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "out of memory",
+    "not enough memory",
+    "bad_alloc",
+    "could not create a primitive",  # oneDNN's word for it
+)
 """What torch's errors say on CPUs, CUDA and MPS; only CUDA's have a class of their own."""
 
 

@@ -62,18 +62,17 @@ def freeze(load: Callable[[], Any], kernels: Kernels) -> FrozenNetwork:
             raise FailedPrecondition(f"This base model cannot be tuned: its {name} is not supported.")
     if not isinstance(model, CausalLM):
         return FrozenModules(model, kernels)
-    if not packs(model.lm_head.weight):
-        return FrozenDecoder(lambda: model, kernels)
+    kept = None if packs(model.lm_head.weight) else model
     del model
-    return FrozenDecoder(load, kernels)
+    return FrozenDecoder(load if kept is None else lambda: kept, kernels)
 
 
 class FrozenDecoder:
     """A decoder that is known here, in the layouts that training reads fastest.
 
     Args:
-        load: Returns the decoder. What is packed is not kept, but the file's pages that were read for it are held as
-            long as the model is: so it is called for the head, for the layers, and for the embeddings.
+        load: Returns the decoder. What is packed is not kept, but the file's pages that were read for it are held
+            as long as the model is: so it is called for the head, for the layers, and for the embeddings.
         kernels: For its device and precision.
     """
 

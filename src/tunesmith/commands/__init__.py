@@ -1,0 +1,1 @@
+"""What a person types; `cli.py` is the table of all commands."""
