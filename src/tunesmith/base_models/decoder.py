@@ -6,11 +6,11 @@ is not known here they still run, behind the same interface: see `load`.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from safetensors import safe_open
@@ -381,11 +381,9 @@ class Body(nn.Module):
         return Output(self.norm(x))
 
     @property
-    def decoder_layers(self) -> Iterator[Layer]:
+    def decoder_layers(self) -> list[Layer]:
         """The layers, by their type."""
-        for layer in self.layers:
-            assert isinstance(layer, Layer)  # noqa: S101
-            yield layer
+        return [cast(Layer, layer) for layer in self.layers]
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return what the first layer takes."""
