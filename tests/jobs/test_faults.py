@@ -120,7 +120,7 @@ def told(server: Server, operation: dict[str, Any], kind: str) -> str:
 
 def rows(lengths: list[int], batch: int) -> dict[str, Any]:
     """A job on examples whose inputs have so many letters."""
-    body = job(epochs=2, batch=batch)
+    body = job(epochs=1, batch=batch)
     examples = [{"text_input": "x" * length, "output": "y"} for length in lengths]
     body["tuning_task"]["training_data"]["examples"]["examples"] = examples
     return body
@@ -166,15 +166,15 @@ def test_a_damaged_checkpoint_is_not_the_jobs_end(
 
 
 def test_what_the_system_kills_for_its_memory_goes_on_with_half_of_it(server: Server, workers: Workers) -> None:
-    operation = server.tune(rows([20] * 8, batch=8))
-    workers.buried(workers.start(processes.killed_above, 200))
-    workers.start(processes.killed_above, 200)
+    operation = server.tune(rows([200] * 8, batch=8))
+    workers.buried(workers.start(processes.killed_above, 300))
+    workers.start(processes.killed_above, 300)
     found = ended_well(server, operation)
     (message,) = [message for kind, message in warnings(server, operation) if kind == "micro_batch"]
     assert "ended before it finished a step, perhaps for want of memory" in message
     workers.stop()
     workers.start()
-    assert found == pytest.approx(ended_well(server, server.tune(rows([20] * 8, batch=8))), rel=1e-3)
+    assert found == pytest.approx(ended_well(server, server.tune(rows([200] * 8, batch=8))), rel=1e-3)
 
 
 def test_a_poison_job_is_given_up_and_the_next_one_runs(server: Server, workers: Workers) -> None:
@@ -187,8 +187,8 @@ def test_a_poison_job_is_given_up_and_the_next_one_runs(server: Server, workers:
 
 
 def test_a_step_without_memory_takes_less(server: Server, workers: Workers) -> None:
-    lengths = [200] * 400
-    operation = server.tune(rows(lengths, batch=400))
+    lengths = [200] * 200
+    operation = server.tune(rows(lengths, batch=200))
     worker = workers.start(processes.little_memory, 250)
     found = ended_well(server, operation)
     assert worker.is_alive()
@@ -197,7 +197,7 @@ def test_a_step_without_memory_takes_less(server: Server, workers: Workers) -> N
     assert all("Memory ran out" in message for message in messages)
     workers.stop()
     workers.start()
-    assert found == pytest.approx(ended_well(server, server.tune(rows(lengths, batch=400))), rel=1e-3)
+    assert found == pytest.approx(ended_well(server, server.tune(rows(lengths, batch=200))), rel=1e-3)
 
 
 def test_a_loss_that_is_no_number_names_the_learning_rate(server: Server, workers: Workers) -> None:

@@ -132,5 +132,5 @@ def test_faults_of_ours_are_not_the_databases(url: str) -> None:
     database = Database(url)
     database.migrate()
     with pytest.raises(OperationalError, match="no such table"), database.read() as session:
-        session.execute(text("SELECT * FROM nothing"))
+        session.execute(text("SELECT * FROM absent"))
     database.close()

@@ -60,7 +60,7 @@ class Claim:
         recorded_steps: The steps that earlier attempts finished.
         start: Path of the adapter that training starts from; None to start from the base model alone.
         checkpoint: Path of the newest checkpoint in the artifact store.
-        fruitless: How many attempts in a row just before this one got no further.
+        fruitless: How many attempts in a row just before this one ended at the first step that was new.
         micro_batch_tokens: How many tokens may go through the model at once since memory ran out; None when it
             did not.
         options: How it is tuned beyond the hyperparameters; None for a job from before there were any.
@@ -165,58 +165,62 @@ class JobQueue:
         with self.database.read() as session:
             if session.scalars(_next(self._stalled(session))).first() is None:
                 return None
-        with self.database.write() as session:
-            session.connection()  # begins the transaction, before the clock is looked at
-            job_id = session.scalars(
-                _next(self._stalled(session)).with_for_update(of=Job, skip_locked=True)
-            ).first()
-            if job_id is None:
-                return None
-            job = session.get_one(Job, job_id)
-            if job.paused:
-                _park(session, job)
-                return None
-            if job.fruitless_attempts >= MOST_FRUITLESS_ATTEMPTS:
-                _end(session, job, error=_gave_up(job))
-                return GivenUp(job.id, job.tuned_model, job.start)
-            started = protos.TuningEvent.Started(interruption=_interruption(session, job))
-            job.state = "running"
-            job.worker = worker
-            job.lease_until = self._clock() + self.lease_seconds
-            job.attempt += 1
-            job.fruitless_attempts += 1
-            self._note_turn(session, job.account)
-            model, message = _model(session, job)
-            if not message.tuning_task.HasField("start_time"):
-                message.tuning_task.start_time.CopyFrom(now())
-                model.message = message.SerializeToString()
-            started.attempt, started.total_steps = job.attempt, job.total_steps
-            events.tell(session, job.id, protos.TuningEvent(started=started))
-            recorded = session.scalar(select(func.max(Snapshot.step)).where(Snapshot.job == job.id))
-            return Claim(
-                job=job.id,
-                tuned_model=job.tuned_model,
-                worker=worker,
-                attempt=job.attempt,
-                base=model.base,
-                hyperparameters=message.tuning_task.hyperparameters,
-                training_data=protos.Dataset.FromString(job.training_data),
-                seed=job.seed,
-                recorded_steps=recorded or 0,
-                start=job.start,
-                checkpoint=job.checkpoint,
-                fruitless=job.fruitless_attempts - 1,
-                micro_batch_tokens=job.micro_batch_tokens,
-                cancelled=job.cancelled,
-                options=None if job.options is None else protos.TuningOptions.FromString(job.options),
-            )
+        try:
+            with self.database.write() as session:
+                session.connection()  # begins the transaction, before the clock is looked at
+                return self._claim(session, worker)
+        except DatabaseUnavailable:
+            self._sightings = {}  # who holds a lease cannot renew it meanwhile either
+            raise
+
+    def _claim(self, session: Session, worker: str) -> Claim | GivenUp | None:
+        job_id = session.scalars(_next(self._stalled(session)).with_for_update(of=Job, skip_locked=True)).first()
+        if job_id is None:
+            return None
+        job = session.get_one(Job, job_id)
+        if job.paused:
+            _park(session, job)
+            return None
+        if job.fruitless_attempts >= MOST_FRUITLESS_ATTEMPTS:
+            _end(session, job, error=_gave_up(job))
+            return GivenUp(job.id, job.tuned_model, job.start)
+        started = protos.TuningEvent.Started(interruption=_interruption(session, job))
+        job.state = "running"
+        job.worker = worker
+        job.lease_until = self._clock() + self.lease_seconds
+        job.attempt += 1
+        job.fruitless_attempts += 1
+        self._note_turn(session, job.account)
+        model, message = _model(session, job)
+        if not message.tuning_task.HasField("start_time"):
+            message.tuning_task.start_time.CopyFrom(now())
+            model.message = message.SerializeToString()
+        started.attempt, started.total_steps = job.attempt, job.total_steps
+        events.tell(session, job.id, protos.TuningEvent(started=started))
+        recorded = session.scalar(select(func.max(Snapshot.step)).where(Snapshot.job == job.id))
+        return Claim(
+            job=job.id,
+            tuned_model=job.tuned_model,
+            worker=worker,
+            attempt=job.attempt,
+            base=model.base,
+            hyperparameters=message.tuning_task.hyperparameters,
+            training_data=protos.Dataset.FromString(job.training_data),
+            seed=job.seed,
+            recorded_steps=recorded or 0,
+            start=job.start,
+            checkpoint=job.checkpoint,
+            fruitless=job.fruitless_attempts - 1,
+            micro_batch_tokens=job.micro_batch_tokens,
+            cancelled=job.cancelled,
+            options=None if job.options is None else protos.TuningOptions.FromString(job.options),
+        )
 
     def _stalled(self, session: Session) -> list[str]:
         """Return the running jobs that nobody holds any more."""
         now, stalled, sightings = self._elapsed(), list[str](), dict[str, _Sighting]()
         if now - self._looked > max(AWAY_SECONDS, self.lease_seconds / RENEWALS):
-            # A frozen machine, a locked database: who holds a lease could not renew it either.
-            self._sightings = {}
+            self._sightings = {}  # the machine may have been frozen, and who holds a lease with it
         self._looked = now
         wanted = select(Job.id, Job.attempt, Job.lease_until).where(Job.state == "running")
         for job, attempt, lease_until in session.execute(wanted):
@@ -260,8 +264,7 @@ class JobQueue:
     def record(self, claim: Claim, step: protos.TuningStep) -> Wishes:
         """Store a finished step, replacing what an earlier attempt stored of it; return what was asked for."""
         with self._held(claim) as (session, job):
-            if step.step > claim.recorded_steps:
-                job.fruitless_attempts = 0
+            job.fruitless_attempts = _fruitless(claim, step.step)
             time_ns = time.time_ns()
             session.merge(
                 Snapshot(
@@ -286,7 +289,6 @@ class JobQueue:
         """Note the newest checkpoint, made after a step."""
         with self._held(claim) as (session, job):
             job.checkpoint = path
-            job.fruitless_attempts = 0
             events.tell(session, job.id, protos.TuningEvent(checkpoint=protos.TuningEvent.Checkpoint(step=step)))
 
     @_patiently
@@ -326,7 +328,7 @@ class JobQueue:
     def put_back(self, claim: Claim) -> None:
         """Give an unfinished job back: any worker may take it unless it is to rest; the attempt does not count."""
         with self._held(claim) as (session, job):
-            job.fruitless_attempts = max(0, job.fruitless_attempts - 1)
+            job.fruitless_attempts = min(job.fruitless_attempts, claim.fruitless)
             _park(session, job)
 
     @_patiently
@@ -458,6 +460,16 @@ def _next(stalled: Collection[str]) -> Select[str]:
         )
         .limit(1)
     )
+
+
+def _fruitless(claim: Claim, step: int) -> int:
+    """Return how many attempts in a row will have been fruitless if this one ends after a step.
+
+    Steps that an earlier attempt finished kill no worker: only an end at the first one that is new counts.
+    """
+    if step > claim.recorded_steps:
+        return 0
+    return claim.fruitless + (step == claim.recorded_steps)
 
 
 def _gave_up(job: Job) -> ApiError:

@@ -31,6 +31,7 @@ from tunesmith.training.loop import Base, Step, TuningRun, Validation
 POLL_SECONDS = 0.2
 PACE_STEPS = 20  # of which the mean says how long the rest will take
 CHECKPOINT_SHARE = 20  # checkpoints take at most one part in so many of the training time
+REPEATED_SHARE = 4  # and while steps are repeated, one part in so many
 LONGEST_PAUSE = 60.0  # seconds between two tries to store an adapter
 
 logger = logging.getLogger(__name__)
@@ -114,23 +115,24 @@ class Checkpoints:
 
     Args:
         seconds: Training time between two; 0 for one each step.
-        eagerly_until: Make one after each step up to this one: an attempt before got no further, and what is
-            stored then is not done a third time.
+        repeated: Up to which step others have come before: steps until then are stored soon, or a job that is
+            often interrupted would get no further.
 
     Attributes:
         failing: Whether the last one could not be stored.
     """
 
-    def __init__(self, seconds: float, eagerly_until: int) -> None:
-        self._seconds, self._eagerly_until = seconds, eagerly_until
+    def __init__(self, seconds: float, repeated: int) -> None:
+        self._seconds, self._repeated = seconds, repeated
         self._last, self._cost = time.monotonic(), 0.0
         self.failing = False
 
     def due(self, step: int) -> bool:
         """Return whether one is to be made after a step."""
-        if step <= self._eagerly_until or not self._seconds:
-            return True
-        return time.monotonic() - self._last >= max(self._seconds, CHECKPOINT_SHARE * self._cost)
+        since = time.monotonic() - self._last
+        if step <= self._repeated or not self._seconds:
+            return since >= self._seconds or since >= REPEATED_SHARE * self._cost
+        return since >= max(self._seconds, CHECKPOINT_SHARE * self._cost)
 
     def made(self, seconds: float) -> None:
         """Note that one was made, or failed, and how long it took."""
@@ -252,9 +254,7 @@ class Worker:
             run.settle()
             return True
         pace, memory = Pace(run.total_steps), run.micro_batch_tokens
-        checkpoints = Checkpoints(
-            self._settings.checkpoint_seconds, claim.recorded_steps if claim.fruitless else 0
-        )
+        checkpoints = Checkpoints(self._settings.checkpoint_seconds, claim.recorded_steps)
         for told in run:
             if lease.lost.is_set():
                 raise LeaseLost(f"{self._name} no longer holds job {claim.job}")

@@ -324,8 +324,7 @@ class TuningRun:
         Args:
             one_by_one: Whether one row at a time goes through the model from now on.
         """
-        longest = sorted(self._rows + self._held_out, key=len)[-self._given.batch_size :]
-        self.micro_batch_tokens = 1 if one_by_one else memory.less(longest, self.micro_batch_tokens) or 1
+        self.micro_batch_tokens = 1 if one_by_one else max(1, self.micro_batch_tokens // 2)
 
     def probe(self) -> dict[str, Any]:
         """Return a question whose answer tells this adapter from the base model.
