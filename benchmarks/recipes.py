@@ -219,7 +219,7 @@ class TrialRun(TuningRun):
     def __init__(
         self, base: Base, rows: Sequence[Row], given: protos.Hyperparameters, seed: int, trial: Trial
     ) -> None:
-        super().__init__(base, rows, given, seed, Recipe(trial.rank, trial.alpha, trial.clip))
+        super().__init__(base, rows, given, seed, Recipe(trial.rank, trial.alpha, trial.clip, trial.serve))
         self._trial = trial
         self._initialise()
         self._rates = self._flat(self._rate_of)
@@ -237,11 +237,8 @@ class TrialRun(TuningRun):
         self.adapter.gradient.mul_((self.recipe.clip_norm / (norm + 1e-6)).clamp_(max=1.0))
         self._change()
         self._average()
-        if self.step + 1 == self.total_steps:
-            if self._mean is not None:
-                self.adapter.weights.copy_(self._mean)
-            for layer in self.adapter.layers.values():
-                layer.b.mul_(self._trial.serve)
+        if self.step + 1 == self.total_steps and self._mean is not None:
+            self.adapter.weights.copy_(self._mean)
         self.adapter.refresh()
         return loss, norm.item()
 

@@ -53,6 +53,7 @@ class Server:
     def __init__(self, data_dir: Path, environment: dict[str, str], *options: str, ca: Path | None = None) -> None:
         self.data_dir = data_dir
         self.environment = {**os.environ, "PYTHONWARNINGS": "default", **environment}
+        self.environment.pop("COLUMNS", None)  # which tests that run side by side have: pipes are wide
         self.environment["XDG_CONFIG_HOME"] = str(data_dir.parent / "config")  # not the developer's sign-ins
         self._options = options
         self._verify = ssl.create_default_context(cafile=ca)

@@ -366,7 +366,7 @@ class MatrixUnitKernels(CompiledKernels):
             pair: A and B, packed.
             ranks: A's outputs.
         """
-        rows, width = x.shape
+        rows, width = _rows(x)
         y, low = x.new_empty((rows, out)), x.new_empty((rows, ranks))
         self._call("product", rows, out, width, ranks, x, weight, *pair, low, y)
         return y, low
@@ -383,17 +383,25 @@ class MatrixUnitKernels(CompiledKernels):
             b: Gradients of all B, (outputs, rank), float32.
         """
         x, gradient, low, low_gradient = share
-        (rows, width), out, ranks = x.shape, gradient.shape[1], low.shape[1]
+        (rows, width), out, ranks = _rows(x), gradient.shape[1], low.shape[1]
         scratch = x.new_empty(2 * ranks * (rows + 31))
         sizes = rows, width, out, ranks, rank, outs.shape[0]
         self._call("adapt", *sizes, outs, scale, x, gradient, low, low_gradient, scratch, a, b)
 
     def product_alone(self, x: Tensor, weight: Tensor, out: int) -> Tensor:
         """Return `x W^T`; see `product`."""
-        rows, width = x.shape
+        rows, width = _rows(x)
         y = x.new_empty((rows, out))
         self._call("product", rows, out, width, 0, x, weight, None, None, None, y)
         return y
+
+
+def _rows(x: Tensor) -> tuple[int, int]:
+    """Return a matrix's rows, which the matrix unit takes 16 at a time, and its width."""
+    rows, width = x.shape
+    if rows % 16:
+        raise ValueError(f"the matrix unit takes 16 rows at a time, not {rows}")
+    return rows, width
 
 
 def _address(tensor: Tensor) -> int:
