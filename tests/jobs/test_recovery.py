@@ -138,6 +138,8 @@ def freeze(server: Server, pids: list[int]) -> None:
     for _ in range(100):
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
+        while not all(map(has_stopped, pids)):
+            pass  # a thread that is in the kernel may still take the lock on its way out
         database = sqlite3.connect(server.data_dir / "tunesmith.db", timeout=0.5, isolation_level=None)
         try:
             database.execute("BEGIN IMMEDIATE")
@@ -149,6 +151,12 @@ def freeze(server: Server, pids: list[int]) -> None:
         finally:
             database.close()
     raise AssertionError("the processes hold the database's lock all the time")
+
+
+def has_stopped(pid: int) -> bool:
+    """Whether all threads of a process have stopped."""
+    states = [stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(state == "T" for state in states)
 
 
 def idle_worker(server: Server, pids: list[int]) -> int:
