@@ -18,6 +18,7 @@ from tunesmith import protos
 from tunesmith.base_models.catalog import Catalog
 from tunesmith.base_models.device import compute_dtype
 from tunesmith.base_models.prompts import FORMATS
+from tunesmith.cli import ALLOCATOR
 from tunesmith.config import Settings
 from tunesmith.terminal import fetch_weights
 from tunesmith.training import examples
@@ -45,9 +46,12 @@ class Side:
 
 # As `tunesmith` sets it; TRL gets it too, as without it any other process that wants a core stalls every product.
 SPIN = {"GOMP_SPINCOUNT": "20000"}
+ALLOCATION = {"GLIBC_TUNABLES": ALLOCATOR}
 QUIET = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "PYTHONWARNINGS": "ignore"}
-OURS = Side("ours", (sys.executable, str(HERE / "training_ours.py")), SPIN)
+OURS = Side("ours", (sys.executable, str(HERE / "training_ours.py")), SPIN | ALLOCATION)
 TRL = Side("TRL", (str(TRL_PYTHON), str(HERE / "training_trl.py")), SPIN | QUIET)
+TRL_WITH_OURS = Side("TRL*", TRL.command, TRL.environment | ALLOCATION)
+"""TRL with the allocator settings of our worker, which nobody is told to give it but which do it good."""
 
 
 class Task:

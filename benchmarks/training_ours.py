@@ -5,6 +5,7 @@ training.py runs it: python training_ours.py JOB RESULT
 
 import sys
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from tunesmith.base_models.prompts import FORMATS
 from tunesmith.config import Settings
 from tunesmith.training import examples
 from tunesmith.training.examples import Row
+from tunesmith.training.kernels import TorchKernels
 from tunesmith.training.loop import Base, Recipe, Step, TuningRun
+from tunesmith.training.network import freeze
 
 PLAIN = Recipe(rank=16, alpha=16.0, clip_norm=1.0)
 """What TRL is told too."""
@@ -57,7 +60,8 @@ def load(found: weights.Weights, job: Job) -> Base:
     device = torch.device("cpu")
     if job.bf16 == (compute_dtype(device) is torch.bfloat16):
         return Base.load(found, device)
-    return Base(found, decoder.load(found.path, device, torch.float32), found.tokenizer(), device)
+    network = freeze(partial(decoder.load, found.path, device, torch.float32), TorchKernels())
+    return Base(found, network, found.tokenizer(), device)
 
 
 def warm_up(base: Base, rows: list[Row], hyperparameters: protos.Hyperparameters, job: Job) -> None:

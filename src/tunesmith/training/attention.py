@@ -8,9 +8,6 @@ from torch import Tensor
 from tunesmith.training.batches import Batch
 from tunesmith.training.kernels import CompiledKernels, Kernels
 
-SHORT = 64
-"""Rows of up to so many tokens are attended to in one compiled operation; for longer ones products are faster."""
-
 
 class Heads(NamedTuple):
     """The heads of a layer.
@@ -58,7 +55,12 @@ def attention(batch: Batch, heads: Heads, window: int | None, kernels: Kernels) 
         kernels: For the device and the precision.
     """
     narrow = window is not None and batch.width > window
-    if isinstance(kernels, CompiledKernels) and batch.width <= SHORT and heads.size <= 256 and not narrow:
+    if (
+        isinstance(kernels, CompiledKernels)
+        and batch.width <= kernels.most_attended
+        and heads.size <= 256
+        and not narrow
+    ):
         return ShortAttention(batch, heads, kernels)
     return PaddedAttention(batch, heads, window)
 

@@ -53,10 +53,7 @@ class Batch:
     @cached_property
     def rows(self) -> ShortRows:
         """Where the rows lie, for compiled kernels."""
-        lengths = torch.tensor(self.lengths)
-        squares = lengths * lengths
-        ends, sums = lengths.cumsum(0), squares.cumsum(0)
-        return ShortRows(ends - lengths, lengths, sums - squares, int(sums[-1]))
+        return ShortRows.of(self.lengths)
 
     def padded(self, x: Tensor) -> Tensor:
         """Return what belongs to the tokens, (tokens, ...), as (rows, width, ...) with 0 behind short rows."""

@@ -200,26 +200,23 @@ void gate_back(ptrdiff_t rows, ptrdiff_t n, ptrdiff_t silu, const bf16 *gradient
 /* Per row: e to the logits less the largest, their sum, and the cross-entropy at the target. */
 void softmax(ptrdiff_t rows, ptrdiff_t words, const bf16 *logits, const int64_t *targets, bf16 *powers, float *sums,
              float *losses) {
+#pragma omp parallel for schedule(static)
     for (ptrdiff_t row = 0; row < rows; row++) {
         const bf16 *in = logits + row * words;
         bf16 *out = powers + row * words;
         float largest = -INFINITY, sum = 0.0f;
-#pragma omp parallel for schedule(static) reduction(max : largest)
+#pragma omp simd reduction(max : largest)
         for (ptrdiff_t i = 0; i < words; i++) largest = wide(in[i]) > largest ? wide(in[i]) : largest;
-        float partial[64];
-        ptrdiff_t part = (words + 63) / 64;
-#pragma omp parallel for schedule(static)
-        for (ptrdiff_t piece = 0; piece < 64; piece++) {
-            ptrdiff_t end = (piece + 1) * part < words ? (piece + 1) * part : words;
+        for (ptrdiff_t first = 0; first < words; first += 4096) { /* summed in parts, for the sake of its last bits */
+            ptrdiff_t end = first + 4096 < words ? first + 4096 : words;
             float own = 0.0f;
-            for (ptrdiff_t i = piece * part; i < end; i++) {
+            for (ptrdiff_t i = first; i < end; i++) {
                 float p = power(wide(in[i]) - largest);
                 own += p;
                 out[i] = narrow(p);
             }
-            partial[piece] = own;
+            sum += own;
         }
-        for (int piece = 0; piece < 64; piece++) sum += partial[piece];
         sums[row] = sum;
         losses[row] = logf(sum) + largest - wide(in[targets[row]]);
     }
@@ -329,7 +326,8 @@ void attend_back(ptrdiff_t rows, ptrdiff_t queries, ptrdiff_t keys, ptrdiff_t si
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18, TILE = 512, HELD_BYTES = 1 << 20, LARGE_PAGE = 1 << 21 };
+enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18, TILE = 512, LARGE_PAGE = 1 << 21 };
+enum { LONGEST_SUM = 8192, PART_OF_SUM = 4096, HELD = 32 /* blocks of rows that stay in the cache */ };
 
 /* Linux lets a process use the tiles once it has asked (Documentation/arch/x86/xstate.rst). */
 ptrdiff_t has_matrix_unit(void) { return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0; }
@@ -341,7 +339,31 @@ static void configure(void) {
         uint8_t rows[16];
     } tiles = {.palette = 1};
     for (int i = 0; i < 8; i++) tiles.columns[i] = 64, tiles.rows[i] = 16;
+    __asm__ volatile("" ::"r"(&tiles) : "memory"); /* GCC takes only the first bytes of it for read */
     _tile_loadconfig(&tiles);
+}
+
+/* Exchange rows and columns of 16 x 16 numbers. */
+static inline void exchange(const __m512i *rows, __m512i *columns) {
+    __m512i pairs[16], fours[16];
+    for (int i = 0; i < 16; i += 2) {
+        pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int half = 0; half < 2; half++) {
+            fours[i + 2 * half] = _mm512_unpacklo_epi64(pairs[i + half], pairs[i + half + 2]);
+            fours[i + 2 * half + 1] = _mm512_unpackhi_epi64(pairs[i + half], pairs[i + half + 2]);
+        }
+    for (int i = 0; i < 4; i++) { /* of `fours`, each quarter holds four rows of one column */
+        __m512i even_low = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0x88), odd_low = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0xdd);
+        __m512i even_high = _mm512_shuffle_i32x4(fours[i + 8], fours[i + 12], 0x88);
+        __m512i odd_high = _mm512_shuffle_i32x4(fours[i + 8], fours[i + 12], 0xdd);
+        columns[i] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+        columns[i + 4] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+        columns[i + 8] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+        columns[i + 12] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+    }
 }
 
 /* W[o][i] = w[o x out_step + i x in_step] for o < out and i < in, else 0, of `count` matrices; `all_out` and `all_in`
@@ -356,10 +378,17 @@ void pack(ptrdiff_t count, ptrdiff_t step, ptrdiff_t out, ptrdiff_t in, ptrdiff_
                 bf16 *tile = packed + matrix * all_out * all_in + o * all_in + i * 16;
                 ptrdiff_t outs = out - o < 16 ? out - o : 16, ins = in - i < 32 ? in - i : 32;
                 if (outs < 16 || ins < 32) memset(tile, 0, TILE * sizeof(bf16));
-                if (in_step == 1 && ins == 32)
-                    for (ptrdiff_t b = 0; b < outs; b++)
-                        for (ptrdiff_t pair = 0; pair < 16; pair++)
-                            memcpy(tile + pair * 32 + b * 2, from + b * out_step + pair * 2, 2 * sizeof(bf16));
+                if (in_step == 1 && ins == 32 && outs == 16) {
+                    __m512i rows[16], columns[16];
+                    for (ptrdiff_t b = 0; b < 16; b++) rows[b] = _mm512_loadu_si512(from + b * out_step);
+                    exchange(rows, columns);
+                    for (ptrdiff_t b = 0; b < 16; b++) _mm512_storeu_si512(tile + b * 32, columns[b]);
+                } else if (out_step == 1 && ins == 32 && outs == 16)
+                    for (ptrdiff_t a = 0; a < 32; a += 2) {
+                        __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(from + a * in_step)));
+                        __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(from + (a + 1) * in_step)));
+                        _mm512_storeu_si512(tile + a * 16, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+                    }
                 else
                     for (ptrdiff_t a = 0; a < ins; a++)
                         for (ptrdiff_t b = 0; b < outs; b++)
@@ -374,198 +403,482 @@ void spread(void *memory, ptrdiff_t bytes) {
     if (end > first) madvise((void *)first, end - first, MADV_HUGEPAGE);
 }
 
-static inline void store(const float *tile, bf16 *y, ptrdiff_t width) {
-    for (int row = 0; row < 16; row++)
-        for (int i = 0; i < 16; i++) y[row * width + i] = narrow(tile[row * 16 + i]);
+/* A product's rows and its matrix, as tiles: `x` has 16 rows of 32 inputs a tile, and both lie block of 16 after block,
+   with `step` tiles from one to the next. */
+typedef struct {
+    const bf16 *x, *w;
+    ptrdiff_t tiles, x_step, w_step;
+} Operands;
+
+static inline const bf16 *rows_of(const Operands *o, ptrdiff_t block) { return o->x + block * o->x_step * TILE; }
+static inline const bf16 *outputs_of(const Operands *o, ptrdiff_t block) { return o->w + block * o->w_step * TILE; }
+
+/* Results that are yet to be made bfloat16: four tiles, of which the second lies beside the first. This is done while
+   the unit is at the next ones. */
+typedef struct {
+    const float *sums;
+    bf16 *y;
+    ptrdiff_t width, row, rows;
+} Pending;
+
+static inline __m512i narrow_32(const float *low, const float *high) {
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(high), _mm512_load_ps(low));
+}
+
+static inline void drain(Pending *p, ptrdiff_t rows) {
+    for (; rows > 0 && p->row < p->rows; rows--, p->row++) {
+        const float *line = p->sums + p->row / 16 * 512 + p->row % 16 * 16;
+        _mm512_storeu_si512(p->y + p->row * p->width, narrow_32(line, line + 256));
+    }
 }
 
 /* Add the products of two times 16 rows and two times 16 outputs to the tiles 0 to 3. */
-static inline void multiply(ptrdiff_t tiles, const bf16 *x0, const bf16 *x1, ptrdiff_t width, const bf16 *w0,
-                            const bf16 *w1) {
-    for (ptrdiff_t i = 0; i < tiles; i++) {
-        _tile_loadd(4, w0 + i * TILE, 64);
-        _tile_loadd(5, w1 + i * TILE, 64);
-        _tile_loadd(6, x0 + i * 32, width * 2);
-        _tile_loadd(7, x1 + i * 32, width * 2);
+static inline void multiply(const Operands *o, ptrdiff_t row, ptrdiff_t block, Pending *before) {
+    const bf16 *x0 = rows_of(o, row), *x1 = rows_of(o, row + 1), *w0 = outputs_of(o, block), *w1 = outputs_of(o, block + 1);
+    for (ptrdiff_t i = 0; i < o->tiles * TILE; i += TILE) {
+        _tile_loadd(4, w0 + i, 64);
+        _tile_loadd(6, x0 + i, 64);
         _tile_dpbf16ps(0, 6, 4);
+        _tile_loadd(5, w1 + i, 64);
         _tile_dpbf16ps(1, 6, 5);
+        _tile_loadd(7, x1 + i, 64);
         _tile_dpbf16ps(2, 7, 4);
         _tile_dpbf16ps(3, 7, 5);
+        drain(before, 2);
     }
 }
 
-/* The same for 16 rows and four times 16 outputs. */
-static inline void multiply_few(ptrdiff_t tiles, const bf16 *x, ptrdiff_t width, const bf16 *w, ptrdiff_t step) {
-    for (ptrdiff_t i = 0; i < tiles; i++) {
-        _tile_loadd(7, x + i * 32, width * 2);
-        _tile_loadd(4, w + i * TILE, 64);
-        _tile_dpbf16ps(0, 7, 4);
-        _tile_loadd(5, w + step + i * TILE, 64);
-        _tile_dpbf16ps(1, 7, 5);
-        _tile_loadd(6, w + 2 * step + i * TILE, 64);
-        _tile_dpbf16ps(2, 7, 6);
-        _tile_loadd(4, w + 3 * step + i * TILE, 64);
-        _tile_dpbf16ps(3, 7, 4);
+/* The same for 16 rows: tiles 0 and 1. */
+static inline void multiply_half(const Operands *o, ptrdiff_t row, ptrdiff_t block, Pending *before) {
+    const bf16 *x = rows_of(o, row), *w0 = outputs_of(o, block), *w1 = outputs_of(o, block + 1);
+    for (ptrdiff_t i = 0; i < o->tiles * TILE; i += TILE) {
+        _tile_loadd(6, x + i, 64);
+        _tile_loadd(4, w0 + i, 64);
+        _tile_dpbf16ps(0, 6, 4);
+        _tile_loadd(5, w1 + i, 64);
+        _tile_dpbf16ps(1, 6, 5);
+        drain(before, 2);
     }
 }
 
-/* 16 rows of y = x W^T, and of these the blocks of 16 outputs from `first` to `last`, four at a time. */
-static void few(ptrdiff_t first, ptrdiff_t last, ptrdiff_t in, const bf16 *x, const bf16 *w, bf16 *y, ptrdiff_t out) {
-    float tiles[4][256] __attribute__((aligned(64)));
-    for (ptrdiff_t block = first; block < last; block += 4) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        multiply_few(in / 32, x, in, w + block * 16 * in, 16 * in);
-        _tile_stored(0, tiles[0], 64);
-        _tile_stored(1, tiles[1], 64);
-        _tile_stored(2, tiles[2], 64);
-        _tile_stored(3, tiles[3], 64);
-        for (int i = 0; i < 4; i++) store(tiles[i], y + (block + i) * 16, out);
-    }
+static inline void pack_rows(ptrdiff_t from, ptrdiff_t to, ptrdiff_t width, ptrdiff_t tiles, const bf16 *x, bf16 *packed) {
+    for (ptrdiff_t row = from * 16; row < to * 16; row++)
+        for (ptrdiff_t i = 0; i < tiles; i++)
+            _mm512_store_si512(packed + (row / 16 * tiles + i) * TILE + row % 16 * 32, _mm512_loadu_si512(x + row * width + i * 32));
 }
 
-/* Rows from `row` to `end` of y = x W^T + low B^T, and of these the blocks of 16 outputs from `first` to `last`. */
-static void part(ptrdiff_t row, ptrdiff_t end, ptrdiff_t first, ptrdiff_t last, ptrdiff_t in, const bf16 *x,
-                 const bf16 *w, ptrdiff_t ranks, const bf16 *low, const bf16 *b, bf16 *y, ptrdiff_t out) {
-    float tile[256] __attribute__((aligned(64)));
-    for (ptrdiff_t block = first; block < last; block += 2) {
-        ptrdiff_t other = block + 1 < last ? block + 1 : block;
-        for (ptrdiff_t r = row; r < end; r += 32) {
-            ptrdiff_t s = r + 16 < end ? r + 16 : r;
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-            multiply(in / 32, x + r * in, x + s * in, in, w + block * 16 * in, w + other * 16 * in);
-            if (ranks)
-                multiply(ranks / 32, low + r * ranks, low + s * ranks, ranks, b + block * 16 * ranks,
-                         b + other * 16 * ranks);
-            _tile_stored(0, tile, 64);
-            store(tile, y + r * out + block * 16, out);
-            _tile_stored(1, tile, 64);
-            store(tile, y + r * out + other * 16, out);
-            _tile_stored(2, tile, 64);
-            store(tile, y + s * out + block * 16, out);
-            _tile_stored(3, tile, 64);
-            store(tile, y + s * out + other * 16, out);
-        }
-    }
-}
-
-/* low = x A^T and y = x W^T + low B^T; without ranks y = x W^T. Rows are a multiple of 16. */
-void product(ptrdiff_t rows, ptrdiff_t out, ptrdiff_t in, ptrdiff_t ranks, const bf16 *x, const bf16 *w, const bf16 *a,
-             const bf16 *b, bf16 *low, bf16 *y) {
-    ptrdiff_t blocks = out / 16, pairs = (blocks + 1) / 2;
-    ptrdiff_t held = HELD_BYTES / (in * 2) / 32 * 32; /* rows of x that stay in the cache */
-    if (held < 64) held = 64;
-#pragma omp parallel
-    {
-        ptrdiff_t me = omp_get_thread_num(), all = omp_get_num_threads(), left = rows;
-        configure();
-        if (ranks) {
-            part(rows / 16 * me / all * 16, rows / 16 * (me + 1) / all * 16, 0, ranks / 16, in, x, a, 0, NULL, NULL,
-                 low, ranks);
-#pragma omp barrier
-        }
-        if (rows == 16 && !ranks && blocks % 4 == 0) {
-            few(blocks / 4 * me / all * 4, blocks / 4 * (me + 1) / all * 4, in, x, w, y, out);
-            left = 0;
-        }
-        ptrdiff_t first = pairs * me / all * 2, last = pairs * (me + 1) / all * 2;
-        if (last > blocks) last = blocks;
-        for (ptrdiff_t row = 0; row < left; row += held)
-            part(row, row + held < left ? row + held : left, first, last, in, x, w, ranks, low, b, y, out);
-        _tile_release();
-    }
-}
-
-static void transpose(ptrdiff_t rows, ptrdiff_t ranks, ptrdiff_t all_rows, const bf16 *from, bf16 *to) {
-    for (ptrdiff_t rank = 0; rank < ranks; rank++) {
-        for (ptrdiff_t row = 0; row < rows; row++) to[rank * all_rows + row] = from[row * ranks + rank];
-        memset(to + rank * all_rows + rows, 0, (size_t)(all_rows - rows) * sizeof(bf16));
-    }
-}
-
-/* 32 rows of 16 numbers, as far as there are rows, as a tile of pairs of rows. */
-static inline void interleave(ptrdiff_t rows, const bf16 *x, ptrdiff_t width, bf16 *tile) {
-    if (rows < 32) memset(tile, 0, TILE * sizeof(bf16));
-    for (ptrdiff_t row = 0; row < rows && row < 32; row += 2) {
-        __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(x + row * width)));
-        __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(x + (row + 1) * width)));
-        _mm512_store_si512(tile + row * 16, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
-    }
-}
-
-/* tiles[rank / 16] = 16 ranks x 16 columns of low^T x, for up to 64 ranks; `low` is transposed. */
-static void across(ptrdiff_t rows, ptrdiff_t all_rows, ptrdiff_t ranks, const bf16 *low, const bf16 *x, ptrdiff_t width,
-                   float (*tiles)[256]) {
-    bf16 pairs[TILE] __attribute__((aligned(64)));
+static inline void zero(void) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (ptrdiff_t row = 0; row < rows; row += 32) {
-        interleave(rows - row, x + row * width, width, pairs);
-        _tile_loadd(5, pairs, 64);
-        _tile_loadd(4, low + row, all_rows * 2);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_loadd(4, low + 16 * all_rows + row, all_rows * 2);
-        _tile_dpbf16ps(1, 4, 5);
-        if (ranks > 32) {
-            _tile_loadd(4, low + 32 * all_rows + row, all_rows * 2);
-            _tile_dpbf16ps(2, 4, 5);
-            _tile_loadd(4, low + 48 * all_rows + row, all_rows * 2);
-            _tile_dpbf16ps(3, 4, 5);
-        }
-    }
-    _tile_stored(0, tiles[0], 64);
-    _tile_stored(1, tiles[1], 64);
-    _tile_stored(2, tiles[2], 64);
-    _tile_stored(3, tiles[3], 64);
 }
 
-/* Add to an adapter's gradient, of A (layers x rank, in) and B (out, rank), which belong to layers of `outs` outputs.
-   `scratch` has room for 2 x ranks x (rows, up to a multiple of 32). */
+/* Sums go on where they were left. */
+static inline void resume(const float *sums) {
+    _tile_loadd(0, sums, 64);
+    _tile_loadd(1, sums + 256, 64);
+    _tile_loadd(2, sums + 512, 64);
+    _tile_loadd(3, sums + 768, 64);
+}
+
+static inline void suspend(float *sums) {
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + 256, 64);
+    _tile_stored(2, sums + 512, 64);
+    _tile_stored(3, sums + 768, 64);
+}
+
+/* Blocks of rows from `row` to `end` of y = x W^T + low B^T, and of these the blocks of outputs from `first` to `last`,
+   an even number. With `sums` they go on from there once `begun`, and stay there unless this is the `last_part`. */
+static void part(ptrdiff_t row, ptrdiff_t end, ptrdiff_t first, ptrdiff_t last, const Operands *main,
+                 const Operands *adapter, float *sums, ptrdiff_t begun, ptrdiff_t last_part, bf16 *y, ptrdiff_t out) {
+    float own[2][1024] __attribute__((aligned(64)));
+    ptrdiff_t turn = 0;
+    Pending before = {0};
+    for (ptrdiff_t block = first; block < last; block += 2)
+        for (ptrdiff_t r = row; r < end; r += 2, turn = !turn) {
+            float *at = sums ? sums + (r / 2 * (out / 32) + block / 2) * 1024 : own[turn];
+            if (begun) resume(at);
+            else zero();
+            if (r + 1 < end) {
+                multiply(main, r, block, &before);
+                if (adapter) multiply(adapter, r, block, &before);
+            } else {
+                multiply_half(main, r, block, &before);
+                if (adapter) multiply_half(adapter, r, block, &before);
+            }
+            drain(&before, 32);
+            suspend(at);
+            if (last_part) before = (Pending){at, y + r * 16 * out + block * 16, out, 0, r + 1 < end ? 32 : 16};
+        }
+    drain(&before, 32);
+}
+
+/* How many bfloat16 numbers `product` needs beside its arguments. */
+ptrdiff_t product_scratch(ptrdiff_t rows, ptrdiff_t out, ptrdiff_t in, ptrdiff_t ranks) {
+    if (in <= LONGEST_SUM || ranks) return rows * (in + ranks);
+    return rows * 2 * PART_OF_SUM + (rows + 31) / 32 * 32 * out * 2;
+}
+
+/* low = x A^T and y = x W^T + low B^T; without ranks y = x W^T. Rows are a multiple of 16, the others of 32; `scratch`
+   is aligned to 64 bytes. Long sums are made in parts, whose inputs stay in the cache. */
+void product(ptrdiff_t rows, ptrdiff_t out, ptrdiff_t in, ptrdiff_t ranks, const bf16 *x, const bf16 *w, const bf16 *a,
+             const bf16 *b, bf16 *low, bf16 *y, bf16 *scratch) {
+    ptrdiff_t blocks = rows / 16, pairs = out / 32, step = in <= LONGEST_SUM || ranks ? in : PART_OF_SUM;
+    bf16 *low_packed = scratch, *packed = scratch + rows * ranks;
+    float *sums = step < in ? (float *)(packed + 2 * rows * step) : NULL;
+#pragma omp parallel
+    {
+        ptrdiff_t me = omp_get_thread_num(), all = omp_get_num_threads();
+        ptrdiff_t from = blocks * me / all, to = blocks * (me + 1) / all;
+        configure();
+        for (ptrdiff_t start = 0; start < in; start += step) {
+            ptrdiff_t width = start + step < in ? step : in - start;
+            bf16 *own = packed + start / step % 2 * rows * step; /* others may still read what came before */
+            Operands main = {own, w + start * 16, width / 32, width / 32, in / 32};
+            Operands lower = main, adapter = {low_packed, b, ranks / 32, ranks / 32, ranks / 32};
+            lower.w = a;
+            pack_rows(from, to, in, width / 32, x + start, own);
+            if (ranks && from < to) { /* then this is the whole sum */
+                part(from, to, 0, ranks / 16, &lower, NULL, NULL, 0, 1, low, ranks);
+                pack_rows(from, to, ranks, ranks / 32, low, low_packed);
+            }
+#pragma omp barrier
+            for (ptrdiff_t row = 0; row < blocks; row += HELD)
+                part(row, row + HELD < blocks ? row + HELD : blocks, pairs * me / all * 2, pairs * (me + 1) / all * 2,
+                     &main, ranks ? &adapter : NULL, sums, start > 0, start + step >= in, y, out);
+        }
+        _tile_release();
+    }
+}
+
+/* 32 rows of 32 numbers, as far as there are rows, as two tiles of pairs of rows. */
+static inline void interleave(ptrdiff_t rows, const bf16 *x, ptrdiff_t width, bf16 *left, bf16 *right) {
+    static const uint16_t order[2][32] = {
+        {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+        {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62,
+         31, 63}};
+    __m512i first = _mm512_loadu_si512(order[0]), second = _mm512_loadu_si512(order[1]), nothing = _mm512_setzero_si512();
+    for (ptrdiff_t row = 0; row < 32; row += 2) {
+        __m512i even = row < rows ? _mm512_loadu_si512(x + row * width) : nothing;
+        __m512i odd = row + 1 < rows ? _mm512_loadu_si512(x + (row + 1) * width) : nothing;
+        _mm512_store_si512(left + row * 16, _mm512_permutex2var_epi16(even, first, odd));
+        _mm512_store_si512(right + row * 16, _mm512_permutex2var_epi16(even, second, odd));
+    }
+}
+
+/* x (rows, ranks) as tiles of 16 ranks of 32 rows: of each 16 ranks all rows. */
+static void transpose(ptrdiff_t rows, ptrdiff_t ranks, const bf16 *x, bf16 *tiles) {
+    ptrdiff_t chunks = (rows + 31) / 32;
+    memset(tiles, 0, (size_t)(chunks * ranks) * 32 * sizeof(bf16));
+    for (ptrdiff_t row = 0; row < rows; row++)
+        for (ptrdiff_t rank = 0; rank < ranks; rank++)
+            tiles[((rank / 16 * chunks + row / 32) * 16 + rank % 16) * 32 + row % 32] = x[row * ranks + rank];
+}
+
+/* sums = 16 or, as `both`, 32 ranks x 32 columns of low^T x: a tile for each 16 of both. */
+static inline void across(ptrdiff_t chunks, ptrdiff_t both, const bf16 *low, const bf16 *pairs, float *sums) {
+    zero();
+    for (ptrdiff_t i = 0; i < chunks; i++) {
+        _tile_loadd(6, low + i * TILE, 64);
+        _tile_loadd(4, pairs + 2 * i * TILE, 64);
+        _tile_dpbf16ps(0, 6, 4);
+        _tile_loadd(5, pairs + (2 * i + 1) * TILE, 64);
+        _tile_dpbf16ps(1, 6, 5);
+        if (!both) continue;
+        _tile_loadd(7, low + (chunks + i) * TILE, 64);
+        _tile_dpbf16ps(2, 7, 4);
+        _tile_dpbf16ps(3, 7, 5);
+    }
+    suspend(sums);
+}
+
+/* Add to an adapter's gradient, of A (layers x rank, in) and B (out, rank), which belong to layers of `outs` outputs,
+   multiples of 16. `scratch` has room for 2 x ranks x (rows, up to a multiple of 32). */
 void adapt(ptrdiff_t rows, ptrdiff_t in, ptrdiff_t out, ptrdiff_t ranks, ptrdiff_t rank, ptrdiff_t layers,
            const int64_t *outs, float scale, const bf16 *x, const bf16 *gradient, const bf16 *low,
            const bf16 *low_gradient, bf16 *scratch, float *a_gradient, float *b_gradient) {
-    ptrdiff_t all_rows = (rows + 31) / 32 * 32;
-    bf16 *turned = scratch + ranks * all_rows;
+    ptrdiff_t chunks = (rows + 31) / 32, used = layers * rank;
+    bf16 *turned = scratch + ranks * chunks * 32;
 #pragma omp parallel
     {
-        float tiles[4][256] __attribute__((aligned(64)));
+        float sums[1024] __attribute__((aligned(64)));
+        bf16 pairs[chunks * 2 * TILE] __attribute__((aligned(64)));
         configure();
 #pragma omp sections
         {
 #pragma omp section
-            transpose(rows, ranks, all_rows, low_gradient, scratch);
+            transpose(rows, ranks, low_gradient, scratch);
 #pragma omp section
-            transpose(rows, ranks, all_rows, low, turned);
+            transpose(rows, ranks, low, turned);
         }
-        for (ptrdiff_t first = 0; first < ranks; first += 64) {
-            ptrdiff_t count = ranks - first < 64 ? ranks - first : 64;
 #pragma omp for schedule(static) nowait
-            for (ptrdiff_t i = 0; i < in; i += 16) {
-                across(rows, all_rows, count, scratch + first * all_rows, x + i, in, tiles);
-                for (ptrdiff_t r = first; r < first + count && r < layers * rank; r++)
-                    for (int at = 0; at < 16; at++)
-                        a_gradient[r * in + i + at] += tiles[(r - first) / 16][(r - first) % 16 * 16 + at];
+        for (ptrdiff_t i = 0; i < in; i += 32) {
+            for (ptrdiff_t c = 0; c < chunks; c++)
+                interleave(rows - c * 32, x + c * 32 * in + i, in, pairs + 2 * c * TILE, pairs + (2 * c + 1) * TILE);
+            for (ptrdiff_t first = 0; first < used; first += 32) {
+                across(chunks, first + 16 < used, scratch + first * chunks * 32, pairs, sums);
+                for (ptrdiff_t r = first; r < used && r < first + 32; r++)
+                    for (int at = 0; at < 32; at++)
+                        a_gradient[r * in + i + at] += sums[(r - first) / 16 * 512 + at / 16 * 256 + (r - first) % 16 * 16 + at % 16];
             }
+        }
 #pragma omp for schedule(static)
-            for (ptrdiff_t o = 0; o < out; o += 16) {
-                across(rows, all_rows, count, turned + first * all_rows, gradient + o, out, tiles);
-                ptrdiff_t layer = 0, end = outs[0];
-                while (o >= end) end += outs[++layer];
-                for (int at = 0; at < 16; at++)
+        for (ptrdiff_t o = 0; o < out; o += 32) {
+            for (ptrdiff_t c = 0; c < chunks; c++)
+                interleave(rows - c * 32, gradient + c * 32 * out + o, out, pairs + 2 * c * TILE, pairs + (2 * c + 1) * TILE);
+            ptrdiff_t layer[2] = {0, 0};
+            for (int half = 0; half < 2; half++)
+                for (ptrdiff_t end = outs[0]; o + half * 16 >= end; end += outs[++layer[half]]) continue;
+            for (ptrdiff_t first = layer[0] * rank / 16 * 16; first < (layer[1] + 1) * rank; first += 32) {
+                across(chunks, first + 16 < (layer[1] + 1) * rank, turned + first * chunks * 32, pairs, sums);
+                for (int at = 0; at < 32; at++)
                     for (ptrdiff_t r = 0; r < rank; r++) {
-                        ptrdiff_t from = layer * rank + r - first;
-                        if (from >= 0 && from < count)
-                            b_gradient[(o + at) * rank + r] += scale * tiles[from / 16][from % 16 * 16 + at];
+                        ptrdiff_t from = layer[at / 16] * rank + r - first;
+                        if (from >= 0 && from < 32)
+                            b_gradient[(o + at) * rank + r] += scale * sums[from / 16 * 512 + at / 16 * 256 + from % 16 * 16 + at % 16];
                     }
             }
         }
+        _tile_release();
+    }
+}
+
+/* Attention within short rows as above, on the matrix unit. Of a row and head, probabilities are tiles of 16 queries
+   and 32 keys. */
+
+/* `size` numbers of 16 tokens, as far as there are, as tiles: the left side of a product. */
+static inline void pack_left(ptrdiff_t length, const bf16 *x, ptrdiff_t stride, ptrdiff_t size, bf16 *packed) {
+    for (ptrdiff_t token = 0; token < 16; token++)
+        for (ptrdiff_t d = 0; d < size; d += 32) {
+            bf16 *to = packed + d / 32 * TILE + token * 32;
+            _mm512_store_si512(to, token < length ? _mm512_loadu_si512(x + token * stride + d) : _mm512_setzero_si512());
+        }
+}
+
+/* `size` numbers of each token as the right side of a product that sums over them: tiles of 16 tokens' pairs. */
+static inline void pack_across(ptrdiff_t length, const bf16 *x, ptrdiff_t stride, ptrdiff_t size, bf16 *packed) {
+    for (ptrdiff_t token = 0; token < length; token += 16)
+        for (ptrdiff_t d = 0; d < size; d += 32, packed += TILE) {
+            __m512i rows[16], columns[16];
+            for (ptrdiff_t i = 0; i < 16; i++)
+                rows[i] = token + i < length ? _mm512_loadu_si512(x + (token + i) * stride + d) : _mm512_setzero_si512();
+            exchange(rows, columns);
+            for (ptrdiff_t i = 0; i < 16; i++) _mm512_store_si512(packed + i * 32, columns[i]);
+        }
+}
+
+/* The same as the right side of a product that sums over the tokens: tiles of 32 tokens of 16 numbers. */
+static inline void pack_down(ptrdiff_t length, const bf16 *x, ptrdiff_t stride, ptrdiff_t size, bf16 *packed) {
+    for (ptrdiff_t token = 0; token < length; token += 32)
+        for (ptrdiff_t d = 0; d < size; d += 32) {
+            bf16 *to = packed + (token / 32 * (size / 16) + d / 16) * TILE;
+            interleave(length - token, x + token * stride + d, stride, to, to + TILE);
+        }
+}
+
+/* sums = tile of 16 rows times up to four tiles across, each `tiles` after the other. */
+static inline void meet(ptrdiff_t count, ptrdiff_t tiles, const bf16 *left, const bf16 *right, float *sums) {
+    zero();
+    for (ptrdiff_t i = 0; i < tiles; i++) {
+        const bf16 *w = right + i * TILE;
+        _tile_loadd(7, left + i * TILE, 64);
+        _tile_loadd(4, w, 64);
+        _tile_dpbf16ps(0, 7, 4);
+        if (count < 2) continue;
+        _tile_loadd(5, w + tiles * TILE, 64);
+        _tile_dpbf16ps(1, 7, 5);
+        if (count < 3) continue;
+        _tile_loadd(6, w + 2 * tiles * TILE, 64);
+        _tile_dpbf16ps(2, 7, 6);
+        if (count < 4) continue;
+        _tile_loadd(4, w + 3 * tiles * TILE, 64);
+        _tile_dpbf16ps(3, 7, 4);
+    }
+    suspend(sums);
+}
+
+/* sums (+)= 16 rows of weights times the tokens' numbers, four times 16 of these; `left` and `right` from the first of
+   `chunks` of 32 tokens on, whose tiles are `step` apart. */
+static inline void gather(ptrdiff_t chunks, const bf16 *left, const bf16 *right, ptrdiff_t step, ptrdiff_t more, float *sums) {
+    if (more) resume(sums);
+    else zero();
+    for (ptrdiff_t i = 0; i < chunks; i++) {
+        const bf16 *w = right + i * step * TILE;
+        _tile_loadd(7, left + i * TILE, 64);
+        _tile_loadd(4, w, 64);
+        _tile_dpbf16ps(0, 7, 4);
+        _tile_loadd(5, w + TILE, 64);
+        _tile_dpbf16ps(1, 7, 5);
+        _tile_loadd(6, w + 2 * TILE, 64);
+        _tile_dpbf16ps(2, 7, 6);
+        _tile_loadd(4, w + 3 * TILE, 64);
+        _tile_dpbf16ps(3, 7, 4);
+    }
+    suspend(sums);
+}
+
+/* Four tiles side by side to bfloat16, as far as there are rows. */
+static inline void spill(ptrdiff_t rows, const float *sums, bf16 *y, ptrdiff_t stride) {
+    for (ptrdiff_t row = 0; row < rows && row < 16; row++) {
+        _mm512_storeu_si512(y + row * stride, narrow_32(sums + row * 16, sums + 256 + row * 16));
+        _mm512_storeu_si512(y + row * stride + 32, narrow_32(sums + 512 + row * 16, sums + 768 + row * 16));
+    }
+}
+
+/* The scores of 16 queries with the keys up to theirs: (16, up to 16 x blocks) in rows of `width`. */
+static inline void score(ptrdiff_t block, ptrdiff_t tiles, const bf16 *left, const bf16 *right, float *scores, ptrdiff_t width) {
+    float sums[1024] __attribute__((aligned(64)));
+    for (ptrdiff_t first = 0; first <= block; first += 4) {
+        ptrdiff_t count = block + 1 - first < 4 ? block + 1 - first : 4;
+        meet(count, tiles, left, right + first * tiles * TILE, sums);
+        for (ptrdiff_t i = 0; i < count; i++)
+            for (int row = 0; row < 16; row++)
+                _mm512_store_ps(scores + row * width + (first + i) * 16, _mm512_load_ps(sums + i * 256 + row * 16));
+    }
+}
+
+void attend_tiles(ptrdiff_t rows, ptrdiff_t queries, ptrdiff_t keys, ptrdiff_t size, const int64_t *starts,
+                  const int64_t *lengths, const int64_t *tile_places, const bf16 *turned, const bf16 *heads, float scale,
+                  bf16 *probabilities, bf16 *gathered) {
+    ptrdiff_t turning = queries + keys, all = turning + keys, tiles = size / 32;
+#pragma omp parallel
+    {
+        configure();
+#pragma omp for collapse(2) schedule(dynamic)
+        for (ptrdiff_t row = 0; row < rows; row++)
+            for (ptrdiff_t head = 0; head < queries; head++) {
+                ptrdiff_t start = starts[row], length = lengths[row], blocks = (length + 15) / 16, chunks = (length + 31) / 32;
+                ptrdiff_t width = chunks * 32, shared = head / (queries / keys);
+                bf16 key[blocks * tiles * TILE] __attribute__((aligned(64))), query[tiles * TILE] __attribute__((aligned(64)));
+                bf16 value[chunks * tiles * 2 * TILE] __attribute__((aligned(64)));
+                float scores[16 * width] __attribute__((aligned(64))), sums[1024] __attribute__((aligned(64)));
+                pack_across(length, turned + (start * turning + queries + shared) * size, turning * size, size, key);
+                pack_down(length, heads + (start * all + turning + shared) * size, all * size, size, value);
+                for (ptrdiff_t first = 0; first < length; first += 16) {
+                    ptrdiff_t block = first / 16;
+                    bf16 *p = probabilities + (tile_places[row] * queries + (head * blocks + block) * chunks) * TILE;
+                    pack_left(length - first, turned + ((start + first) * turning + head) * size, turning * size, size, query);
+                    score(block, tiles, query, key, scores, width);
+                    memset(p, 0, (size_t)(chunks * TILE) * sizeof(bf16));
+                    for (ptrdiff_t i = 0; i < 16 && first + i < length; i++) {
+                        float *restrict line = scores + i * width, largest = -INFINITY, sum = 0.0f;
+                        ptrdiff_t seen = first + i + 1, end = (seen + 31) / 32 * 32;
+#pragma omp simd reduction(max : largest)
+                        for (ptrdiff_t j = 0; j < seen; j++) largest = line[j] > largest ? line[j] : largest;
+                        for (ptrdiff_t j = 0; j < seen; j++) sum += line[j] = power(scale * (line[j] - largest));
+                        for (ptrdiff_t j = seen; j < end; j++) line[j] = 0.0f;
+                        for (ptrdiff_t j = 0; j < end; j++) line[j] *= 1.0f / sum;
+                        for (ptrdiff_t j = 0; j < end; j += 32)
+                            _mm512_store_si512(p + j / 32 * TILE + i * 32, narrow_32(line + j, line + j + 16));
+                    }
+                    for (ptrdiff_t d = 0; d < size; d += 64) {
+                        gather(block / 2 + 1, p, value + d / 16 * TILE, size / 16, 0, sums);
+                        spill(length - first, sums, gathered + ((start + first) * queries + head) * size + d, queries * size);
+                    }
+                }
+            }
+        _tile_release();
+    }
+}
+
+/* The gradients of scores, from the probabilities and these' gradients in `lines`: of 16 queries, as tiles from
+   `of_scores` on. They and the probabilities also go to the same place of `turned_scores` and `turned_probabilities`,
+   with keys and queries exchanged. */
+static inline void through_softmax(ptrdiff_t first, ptrdiff_t length, ptrdiff_t chunks, float scale, const bf16 *probabilities,
+                                   const float *lines, bf16 *of_scores, bf16 *turned_scores, bf16 *turned_probabilities) {
+    memset(of_scores, 0, (size_t)(chunks * TILE) * sizeof(bf16));
+    for (ptrdiff_t i = 0; i < 16 && first + i < length; i++) {
+        const float *line = lines + i * chunks * 32;
+        ptrdiff_t seen = first + i + 1, column = first / 32 * TILE + first % 32 + i;
+        float mean = 0.0f;
+        for (ptrdiff_t chunk = 0; chunk * 32 < seen; chunk++) {
+            const bf16 *p = probabilities + chunk * TILE + i * 32;
+            ptrdiff_t count = seen - chunk * 32 < 32 ? seen - chunk * 32 : 32;
+            for (ptrdiff_t j = 0; j < count; j++) mean += wide(p[j]) * line[chunk * 32 + j];
+        }
+        for (ptrdiff_t chunk = 0; chunk * 32 < seen; chunk++) {
+            const bf16 *p = probabilities + chunk * TILE + i * 32;
+            bf16 *s = of_scores + chunk * TILE + i * 32;
+            for (ptrdiff_t j = 0; j < 32; j++) s[j] = narrow(wide(p[j]) * (line[chunk * 32 + j] - mean) * scale);
+            for (ptrdiff_t j = 0; j < 32 && chunk * 32 + j < seen; j++) {
+                ptrdiff_t place = (chunk * 2 + j / 16) * chunks * TILE + j % 16 * 32 + column;
+                turned_scores[place] = s[j];
+                turned_probabilities[place] = p[j];
+            }
+        }
+    }
+}
+
+/* How many bfloat16 numbers `attend_back_tiles` needs beside its arguments, for a number of tiles of each head and of
+   chunks of 32 tokens in all rows. */
+ptrdiff_t attend_scratch(ptrdiff_t queries, ptrdiff_t size, ptrdiff_t tiles, ptrdiff_t chunks) {
+    return queries * 2 * (tiles + chunks * (size / 16)) * TILE;
+}
+
+void attend_back_tiles(ptrdiff_t rows, ptrdiff_t queries, ptrdiff_t keys, ptrdiff_t size, const int64_t *starts,
+                       const int64_t *lengths, const int64_t *tile_places, const int64_t *chunk_places, const bf16 *turned,
+                       const bf16 *heads, float scale, const bf16 *probabilities, const bf16 *gradient, bf16 *scratch,
+                       bf16 *of_query, bf16 *of_key, bf16 *of_value) {
+    ptrdiff_t turning = queries + keys, all = turning + keys, group = queries / keys, tiles = size / 32, most = 0;
+    ptrdiff_t last = rows - 1, all_chunks = chunk_places[last] + (lengths[last] + 31) / 32;
+    ptrdiff_t all_tiles = tile_places[last] + (lengths[last] + 15) / 16 * ((lengths[last] + 31) / 32);
+    bf16 *scores = scratch, *shares = scores + queries * all_tiles * TILE, *query_down = shares + queries * all_tiles * TILE;
+    bf16 *upstream_down = query_down + queries * all_chunks * tiles * 2 * TILE;
+    for (ptrdiff_t row = 0; row < rows; row++) most = lengths[row] > most ? lengths[row] : most;
+#pragma omp parallel
+    {
+        configure();
+#pragma omp for collapse(2) schedule(dynamic)
+        for (ptrdiff_t row = 0; row < rows; row++)
+            for (ptrdiff_t head = 0; head < queries; head++) {
+                ptrdiff_t start = starts[row], length = lengths[row], blocks = (length + 15) / 16, chunks = (length + 31) / 32;
+                ptrdiff_t square = (tile_places[row] * queries + head * blocks * chunks) * TILE, shared = head / group;
+                ptrdiff_t down = (chunk_places[row] * queries + head * chunks) * tiles * 2 * TILE;
+                bf16 value[blocks * tiles * TILE] __attribute__((aligned(64))), upstream[tiles * TILE] __attribute__((aligned(64)));
+                bf16 key_down[chunks * tiles * 2 * TILE] __attribute__((aligned(64)));
+                bf16 of_scores[chunks * TILE] __attribute__((aligned(64)));
+                float lines[16 * chunks * 32] __attribute__((aligned(64))), sums[1024] __attribute__((aligned(64)));
+                const bf16 *up = gradient + (start * queries + head) * size, *query = turned + (start * turning + head) * size;
+                pack_across(length, heads + (start * all + turning + shared) * size, all * size, size, value);
+                pack_down(length, turned + (start * turning + queries + shared) * size, turning * size, size, key_down);
+                pack_down(length, query, turning * size, size, query_down + down);
+                pack_down(length, up, queries * size, size, upstream_down + down);
+                memset(scores + square, 0, (size_t)(blocks * chunks * TILE) * sizeof(bf16));
+                memset(shares + square, 0, (size_t)(blocks * chunks * TILE) * sizeof(bf16));
+                memset(lines, 0, sizeof lines);
+                for (ptrdiff_t first = 0; first < length; first += 16) {
+                    pack_left(length - first, up + first * queries * size, queries * size, size, upstream);
+                    score(first / 16, tiles, upstream, value, lines, chunks * 32);
+                    through_softmax(first, length, chunks, scale, probabilities + square + first / 16 * chunks * TILE, lines,
+                                    of_scores, scores + square, shares + square);
+                    for (ptrdiff_t d = 0; d < size; d += 64) {
+                        gather(first / 32 + 1, of_scores, key_down + d / 16 * TILE, size / 16, 0, sums);
+                        spill(length - first, sums, of_query + ((start + first) * queries + head) * size + d, queries * size);
+                    }
+                }
+            }
+#pragma omp for collapse(3) schedule(dynamic)
+        for (ptrdiff_t row = 0; row < rows; row++)
+            for (ptrdiff_t shared = 0; shared < keys; shared++)
+                for (ptrdiff_t first = 0; first < most; first += 16) { /* 16 keys, which later queries see */
+                    ptrdiff_t length = lengths[row], blocks = (length + 15) / 16, chunks = (length + 31) / 32, from = first / 32;
+                    float to_key[1024] __attribute__((aligned(64))), to_value[1024] __attribute__((aligned(64)));
+                    if (first >= length) continue;
+                    for (ptrdiff_t d = 0; d < size; d += 64) {
+                        for (ptrdiff_t head = shared * group; head < (shared + 1) * group; head++) {
+                            ptrdiff_t square = tile_places[row] * queries + (head * blocks + first / 16) * chunks + from;
+                            ptrdiff_t down = (chunk_places[row] * queries + head * chunks + from) * tiles * 2 + d / 16;
+                            ptrdiff_t more = head > shared * group;
+                            gather(chunks - from, scores + square * TILE, query_down + down * TILE, size / 16, more, to_key);
+                            gather(chunks - from, shares + square * TILE, upstream_down + down * TILE, size / 16, more, to_value);
+                        }
+                        ptrdiff_t to = ((starts[row] + first) * keys + shared) * size + d;
+                        spill(length - first, to_key, of_key + to, keys * size);
+                        spill(length - first, to_value, of_value + to, keys * size);
+                    }
+                }
         _tile_release();
     }
 }

@@ -27,6 +27,8 @@ _FLAGS = ["-O3", "-march=native", "-fPIC", "-shared"]
 _FLAGS += [f"-f{flag}" for flag in ("no-math-errno", "no-trapping-math", "no-signed-zeros", "reciprocal-math")]
 _FLAGS += ["-fassociative-math"]
 """Not -ffast-math: a library linked with it makes the whole process take small numbers for 0."""
+TILE = 512
+"""bfloat16 numbers of one tile of the matrix unit."""
 _MORE_FLAGS: Sequence[list[str]] = (["-fopenmp", "-mprefer-vector-width=512"], ["-fopenmp"], [])
 """What not every compiler knows; without -fopenmp the kernels run on one thread."""
 
@@ -41,12 +43,29 @@ class ShortRows(NamedTuple):
         lengths: In tokens.
         places: Of their squares behind one another: the sums of the squared lengths before them.
         squares: The sum of all.
+        tile_places: The same of the tiles that cover the squares, 16 x 32 each.
+        tiles: How many there are.
+        chunk_places: The same of the rows' chunks of 32 tokens.
+        chunks: How many there are.
     """
 
     starts: Tensor
     lengths: Tensor
     places: Tensor
     squares: int
+    tile_places: Tensor
+    tiles: int
+    chunk_places: Tensor
+    chunks: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> "ShortRows":
+        """Return where rows of these lengths lie, one behind another."""
+        each = torch.tensor(lengths)
+        chunks = (each + 31) // 32
+        starts, _ = _before(each)
+        squares, tiles = _before(each * each), _before((each + 15) // 16 * chunks)
+        return cls(starts, each, *squares, *tiles, *_before(chunks))
 
 
 class Share(NamedTuple):
@@ -216,6 +235,8 @@ class CompiledKernels:
     """The same for bfloat16 on a CPU, compiled from kernels.c."""
 
     name = "compiled"
+    most_attended = 64
+    """Rows of up to so many tokens are attended to here; for longer ones torch's products are faster."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -331,6 +352,7 @@ class MatrixUnitKernels(CompiledKernels):
     """The same on a CPU with Intel's matrix unit, and products with frozen matrices besides."""
 
     name = "compiled, for the matrix unit"
+    most_attended = 512
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Return whether the products below take matrices of a shape, either way round."""
@@ -368,7 +390,8 @@ class MatrixUnitKernels(CompiledKernels):
         """
         rows, width = _rows(x)
         y, low = x.new_empty((rows, out)), x.new_empty((rows, ranks))
-        self._call("product", rows, out, width, ranks, x, weight, *pair, low, y)
+        sizes = rows, out, width, ranks
+        self._call("product", *sizes, x, weight, *pair, low, y, self._scratch(x, sizes))
         return y, low
 
     def adapt(self, share: Share, outs: Tensor, rank: int, scale: float, a: Tensor, b: Tensor) -> None:
@@ -391,9 +414,47 @@ class MatrixUnitKernels(CompiledKernels):
     def product_alone(self, x: Tensor, weight: Tensor, out: int) -> Tensor:
         """Return `x W^T`; see `product`."""
         rows, width = _rows(x)
-        y = x.new_empty((rows, out))
-        self._call("product", rows, out, width, 0, x, weight, None, None, None, y)
+        y, sizes = x.new_empty((rows, out)), (rows, out, width, 0)
+        self._call("product", *sizes, x, weight, None, None, None, y, self._scratch(x, sizes))
         return y
+
+    def attend(
+        self, turned: Tensor, heads: Tensor, queries: int, scale: float, rows: ShortRows
+    ) -> tuple[Tensor, Tensor]:
+        """See `CompiledKernels`."""
+        tokens, turning, size = turned.shape
+        if size % 64:
+            return super().attend(turned, heads, queries, scale, rows)
+        probabilities = turned.new_empty(rows.tiles * queries * TILE)
+        gathered = turned.new_empty((tokens, queries * size))
+        shape = len(rows.starts), queries, turning - queries, size
+        places = rows.starts, rows.lengths, rows.tile_places
+        self._call("attend_tiles", *shape, *places, turned, heads, scale, probabilities, gathered)
+        return gathered, probabilities
+
+    def attend_back(
+        self, gradient: Tensor, turned: Tensor, heads: Tensor, probabilities: Tensor, scale: float, rows: ShortRows
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `CompiledKernels`."""
+        tokens, turning, size = turned.shape
+        if size % 64:
+            return super().attend_back(gradient, turned, heads, probabilities, scale, rows)
+        queries, keys = gradient.shape[1] // size, heads.shape[1] - turning
+        shape = len(rows.starts), queries, keys, size
+        gradients = tuple(turned.new_empty((tokens, count, size)) for count in (queries, keys, keys))
+        places = rows.starts, rows.lengths, rows.tile_places, rows.chunk_places
+        scratch = turned.new_empty(self._library.attend_scratch(queries, size, rows.tiles, rows.chunks))
+        given = turned, heads, scale, probabilities, gradient
+        self._call("attend_back_tiles", *shape, *places, *given, scratch, *gradients)
+        return gradients  # type: ignore[return-value]
+
+    def _scratch(self, x: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
+        return x.new_empty(self._library.product_scratch(*sizes))
+
+
+def _before(counts: Tensor) -> tuple[Tensor, int]:
+    """Return the sums of the counts before each, and of all."""
+    return counts.cumsum(0) - counts, int(counts.sum())
 
 
 def _rows(x: Tensor) -> tuple[int, int]:
@@ -423,12 +484,18 @@ _SIGNATURES = {
     "attend_back": "ssss ppppp f ppppp",
     "softmax": "ss ppppp",
     "pack": "ssssssss pp",
-    "product": "ssss pppppp",
+    "product": "ssss ppppppp",
+    "product_scratch": "ssss",
+    "attend_tiles": "ssss ppppp f pp",
+    "attend_back_tiles": "ssss pppppp f pppppp",
+    "attend_scratch": "ssss",
     "spread": "p s",
     "adapt": "ssssss p f ppppp pp",
     "has_matrix_unit": "",
 }
 """The functions' arguments: s for a size, f for a float, p for an address."""
+_COUNTING = ("has_matrix_unit", "product_scratch", "attend_scratch")
+"""The functions that return a number."""
 _TYPES = {"s": ctypes.c_ssize_t, "f": ctypes.c_float, "p": ctypes.c_void_p}
 
 
@@ -461,7 +528,7 @@ def _library(cache: Path) -> ctypes.CDLL | None:
         function = getattr(library, name, None)
         if function is not None:  # products only where there is a matrix unit
             function.argtypes = [_TYPES[letter] for letter in arguments if letter != " "]
-            function.restype = ctypes.c_ssize_t if name == "has_matrix_unit" else None
+            function.restype = ctypes.c_ssize_t if name in _COUNTING else None
     return library
 
 
