@@ -4,6 +4,8 @@ PYTHON  ?= python3
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 TRL     := .bench/trl
+LLAMA   := .bench/llama
+VLLM    := .bench/vllm
 
 .PHONY: demo test test-clients notebooks check format bench bench-environment soak protos clean
 
@@ -30,11 +32,16 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) bench-environment  ## training beside TRL, POST to ACTIVE, requests a second; OPTIONS=--quick, --job NAME
+# OPTIONS=--quick is for both; other options of training.py in OPTIONS, of serving.py in SERVING.
+bench: $(STAMP) bench-environment  ## training beside TRL, serving beside llama.cpp and others, requests a second
 	$(BIN)/python benchmarks/training.py $(OPTIONS)
+	$(BIN)/python benchmarks/serving.py $(filter --quick,$(OPTIONS)) $(SERVING)
 	$(BIN)/python benchmarks/api.py
 
-bench-environment: $(TRL)/.installed  ## the environment that TRL trains in
+# A peer that cannot be installed here is left out of the benchmark, which says so.
+bench-environment: $(TRL)/.installed  ## the environments of TRL, llama.cpp (built here: minutes) and vLLM (3.4 GB)
+	-$(MAKE) $(LLAMA)/.installed
+	-$(MAKE) $(VLLM)/.installed
 
 soak: $(STAMP)            ## 50 jobs with random kills on a tiny model; OPTIONS="--jobs N --seed N --kills N"
 	$(BIN)/python benchmarks/soak.py $(OPTIONS)
@@ -58,4 +65,19 @@ $(TRL)/.installed: benchmarks/pins/trl.txt
 	$(PYTHON) -m venv $(TRL)
 	$(TRL)/bin/pip install --quiet -c $< "$$(grep '^torch==' $<)"
 	$(TRL)/bin/pip install --quiet -r $<
+	@touch $@
+
+$(LLAMA)/.installed: benchmarks/pins/llama.txt | $(STAMP)
+	rm -rf $(LLAMA)
+	$(PYTHON) -m venv $(LLAMA)
+	grep -v '^llama_cpp_python' $< | $(LLAMA)/bin/pip install --quiet -r /dev/stdin
+	$(BIN)/python benchmarks/serving_build.py $(LLAMA) $<
+	@touch $@
+
+# Without dependencies: those that it names and that text needs are pinned, those for pictures and sound are not.
+$(VLLM)/.installed: benchmarks/pins/vllm.txt
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet -c $< "$$(grep '^torch==' $<)"
+	$(VLLM)/bin/pip install --quiet --no-deps -r $<
 	@touch $@

@@ -91,8 +91,9 @@ class Soak:
         while left:
             known = [job.steps for job in left]
             done = [job for job in left if self._done(job)]
-            # Only what is at work is killed: a worker takes a few seconds to start.
-            if self.worker_kills + self.server_kills < kills and known != [job.steps for job in left]:
+            # Only what is at work is killed: a worker takes a few seconds to start. And not the first jobs alone.
+            most = kills * (len(self._jobs) - len(left) + WORKERS) / len(self._jobs)
+            if self.worker_kills + self.server_kills < min(most, kills) and known != [job.steps for job in left]:
                 self._disturb([job for job in left if job not in done])
             for job in left:
                 if job.pauses and job not in done and self._draw.random() < 0.5:
@@ -101,6 +102,8 @@ class Soak:
                 job.state = self._call("GET", job.model, job)["state"]
                 job.report = self._call("GET", f"{job.model}:report", job)
                 left, seen = [other for other in left if other is not job], time.monotonic()
+            if done:
+                print(f"{len(self._jobs) - len(left)} of {len(self._jobs)} jobs have ended", file=sys.stderr)
             if time.monotonic() - seen > LOST_SECONDS:
                 raise SystemExit(f"{len(left)} jobs hang; the server's log is {self._server.log.name}")
             time.sleep(self._draw.uniform(0.2, 1.5))  # the disturbances' rhythm
@@ -194,16 +197,16 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         environment = tiny_catalog(Path(folder) / "tiny")
+        settings = Settings.load(
+            catalog=environment["TUNESMITH_CATALOG"], cache_dir=environment["TUNESMITH_CACHE_DIR"]
+        )
+        found = weights.get(Catalog.load(settings).default, settings.cache_dir)
+        base = Base.load(found, torch.device("cpu"))  # first: all are to find the kernels compiled
         jobs = [drawn(draw, number) for number in range(asked.jobs)]
         often = {"TUNESMITH_CHECKPOINT_SECONDS": "0.2", "TUNESMITH_LEASE_SECONDS": "3"}
         with Server(Path(folder) / "data", environment | often, "--workers", str(WORKERS)) as server:
             soak = Soak(server, jobs, draw)
             soak.run(asked.kills)
-        settings = Settings.load(
-            catalog=environment["TUNESMITH_CATALOG"], cache_dir=environment["TUNESMITH_CACHE_DIR"]
-        )
-        found = weights.get(Catalog.load(settings).default, settings.cache_dir)
-        base = Base.load(found, torch.device("cpu"))
         verdicts = [verdict(base, job) for job in jobs]
     table = Table("job", "account", "steps", "validations", "attempts", "pauses", "losses")
     for job, said in zip(jobs, verdicts, strict=True):

@@ -18,9 +18,9 @@ from tunesmith.base_models.catalog import Catalog
 from tunesmith.base_models.device import compute_dtype
 from tunesmith.base_models.prompts import FORMATS
 from tunesmith.config import Settings
+from tunesmith.kernels.passes import TorchKernels
 from tunesmith.training import examples
 from tunesmith.training.examples import Row
-from tunesmith.training.kernels import TorchKernels
 from tunesmith.training.loop import Base, Recipe, Step, TuningRun
 from tunesmith.training.network import freeze
 

@@ -6,11 +6,14 @@ import ssl
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import httpx2
 
+from forks import PipedFork
+from forks import run as run_fork
 from google_types import disagreements
 from tiny import tiny_cache
 
@@ -69,16 +72,7 @@ class Server:
     def start(self) -> None:
         """Start it and wait for the line that names its address."""
         self.log = (self.data_dir.parent / f"{self.data_dir.name}.log").open("a")
-        recorded = [sys.executable, RECORDED, str(self.recording)]
-        self.process = subprocess.Popen(
-            [*recorded, "serve", *FREE_PORTS, "--stop-with-stdin", *self.where(), *self._options],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env=self.environment,
-            start_new_session=True,
-        )
+        self.process = self._process("serve", *FREE_PORTS, "--stop-with-stdin", *self.where(), *self._options)
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("Tunesmith serves "):
@@ -91,6 +85,19 @@ class Server:
         token = self.run("token", "admin@localhost").strip()
         self.http = httpx2.Client(
             base_url=self.url, headers={"authorization": f"Bearer {token}"}, timeout=TIMEOUT, verify=self._verify
+        )
+
+    def _process(self, *arguments: str) -> "subprocess.Popen[str] | PipedFork":
+        if may_fork(self.environment):
+            return PipedFork(arguments, self.environment, stderr=self.log, recording=self.recording)
+        return subprocess.Popen(
+            [sys.executable, RECORDED, str(self.recording), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=self.environment,
+            start_new_session=True,
         )
 
     def stop(self) -> None:
@@ -117,14 +124,7 @@ class Server:
 
     def run(self, *arguments: str, code: int = 0, **options: Any) -> str:
         """Run a command on the server's data dir and return what it prints."""
-        done = subprocess.run(
-            [*command(*arguments), *self.where()],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            **options,
-        )
+        done = run([*arguments, *self.where()], self.environment, **options)
         assert done.returncode == code, done.stderr
         return done.stdout if code == 0 else done.stderr
 
@@ -154,8 +154,22 @@ class Server:
         raise AssertionError(f"not in {TIMEOUT} s: {now}\n{Path(self.log.name).read_text()}")
 
 
+def run(arguments: Sequence[str], environment: dict[str, str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, as `subprocess.run` does."""
+    if may_fork(environment):
+        return run_fork(arguments, environment, **options)
+    return subprocess.run(
+        command(*arguments), env=environment, capture_output=True, text=True, check=False, **options
+    )
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "tunesmith", *arguments]
+
+
+def may_fork(environment: dict[str, str]) -> bool:
+    """Whether a command may fork from a process whose torch has one thread: not one with the real weights."""
+    return environment.get("OMP_NUM_THREADS") == "1"
 
 
 def losses(operation: dict[str, Any]) -> list[float]:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from tunesmith.api.dispatch import Dispatcher
     from tunesmith.engines.base import Engine
     from tunesmith.jobs.worker import Worker
+    from tunesmith.safety.guard import Safety
 
 FIRST_ACCOUNT = "admin@localhost"
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep an idle connection, or they meet one that closes
@@ -121,7 +122,9 @@ def dispatcher(parts: Parts, engine: "Engine") -> "Dispatcher":
     services = {
         f"{V1BETA}.ModelService": ModelService(database, parts.artifacts, parts.catalog, creation),
         f"{V1BETA}.PermissionService": PermissionService(database),
-        f"{V1BETA}.GenerativeService": GenerativeService(database, engine, parts.catalog, settings.cache_dir),
+        f"{V1BETA}.GenerativeService": GenerativeService(
+            database, engine, parts.catalog, settings.cache_dir, safety(parts, engine)
+        ),
         f"{V1BETA}.TextService": TextService(database, engine, parts.catalog),
         "google.longrunning.Operations": Operations(database, parts.artifacts),
         "tunesmith.v1beta.TuningService": TuningService(
@@ -136,6 +139,27 @@ def dispatcher(parts: Parts, engine: "Engine") -> "Dispatcher":
         tokens.append(ExternalIssuers(settings.issuers, database))
     limits = Limits(settings.requests_per_minute, settings.generations_per_account)
     return Dispatcher(services, Verifier(parts.keys, *tokens), limits, parts.audit)
+
+
+def safety(parts: Parts, engine: "Engine") -> "Safety":
+    """Return what rates prompts and answers.
+
+    Raises:
+        ValueError: The rater is a model that the catalog lacks.
+    """
+    from tunesmith.safety.guard import Safety
+    from tunesmith.safety.lexicon import LexiconRater
+    from tunesmith.safety.model_rater import ModelRater
+
+    name, threshold = parts.settings.safety_rater, parts.settings.safety_threshold
+    if name == "off":
+        return Safety()
+    if name == "lexicon":
+        return Safety(LexiconRater(), threshold)
+    model = parts.catalog.find(name)
+    if model is None:
+        raise ValueError(f"safety_rater: there is no {name} in the catalog; `tunesmith doctor` lists its models")
+    return Safety(ModelRater(engine, model, parts.settings.safety_cuts), threshold)
 
 
 def sign_in(parts: Parts) -> "list[BaseRoute]":
@@ -171,6 +195,7 @@ def serve(settings: Settings, stop_with_stdin: bool = False) -> None:
     from tunesmith.api.grpc_server import GrpcServer
     from tunesmith.api.http_protocol import http_protocol
     from tunesmith.api.metrics import CallMetrics
+    from tunesmith.api.openai_routes import openai_routes
     from tunesmith.api.rest_server import rest_app
     from tunesmith.engines.torch_engine import TorchEngine
     from tunesmith.jobs.launchers import LocalLauncher
@@ -217,7 +242,10 @@ def serve(settings: Settings, stop_with_stdin: bool = False) -> None:
                 receive_seconds=settings.receive_seconds,
                 ready=loaded.is_set,
                 metrics=metrics,
-                routes=sign_in(parts),
+                routes=[
+                    *sign_in(parts),
+                    *openai_routes(calls, metrics, settings.max_body_bytes, settings.receive_seconds),
+                ],
                 cors_origins=[origin.strip() for origin in settings.cors_origins.split(",")],
                 inline=quick,
             ),

@@ -26,6 +26,8 @@ NO_GRPC = -1
 SigningAlgorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512"]
 """Of other people's tokens; none with a shared secret."""
 
+BlockThreshold = Literal["BLOCK_LOW_AND_ABOVE", "BLOCK_MEDIUM_AND_ABOVE", "BLOCK_ONLY_HIGH", "BLOCK_NONE"]
+
 
 class Issuer(BaseModel):
     """An OpenID Connect issuer, somebody else's sign-in whose tokens are taken: `[[issuers]]` in the file."""
@@ -194,6 +196,22 @@ class Settings(BaseSettings):
     )
     max_batch: int = Field(16, gt=0, description="Sequences generated together.")
     loaded_adapters: int = Field(32, gt=0, description="Tuned models kept in memory.")
+    safety_rater: str = Field(
+        "lexicon",
+        pattern=r"^(lexicon|off|models/[a-zA-Z0-9._-]+)$",
+        description="What rates prompts and answers: lexicon (English words and phrases, see docs/safety.md), "
+        "models/NAME (a model of the catalog is asked, four times a rating), or off (no ratings, none blocked).",
+    )
+    safety_threshold: BlockThreshold = Field(
+        "BLOCK_NONE",
+        description="From which rating on prompts and answers are blocked when a request's safetySettings do not "
+        "say.",
+    )
+    safety_cuts: tuple[float, float, float] = Field(
+        (0.25, 0.5, 0.8),
+        description="With a model as rater: from which probability of a violation on a rating is LOW, MEDIUM and "
+        "HIGH.",
+    )
     issuers: list[Issuer] = Field(
         default_factory=list, description="OpenID Connect issuers whose tokens are taken, beside our own."
     )

@@ -12,7 +12,7 @@ from tunesmith.base_models.catalog import Catalog
 from tunesmith.config import Settings
 
 if TYPE_CHECKING:
-    from tunesmith.training.kernels import Kernels
+    from tunesmith.kernels.passes import Kernels
 
 GIB = 1 << 30
 ENOUGH_MEMORY = 4 * GIB  # a server and a worker with the default base model
@@ -63,7 +63,7 @@ def _compute(settings: Settings) -> Iterator[Finding]:
     import torch
 
     from tunesmith.base_models.device import compute_dtype, pick_device
-    from tunesmith.training import kernels
+    from tunesmith.kernels import passes
 
     device = pick_device(settings.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -77,7 +77,7 @@ def _compute(settings: Settings) -> Iterator[Finding]:
         "this CPU has no bfloat16 matrix instructions: tuning works, several times slower" if slow else "",
     )
     if device.type == "cpu" and not slow:
-        yield _kernels(kernels.find(device, dtype, settings.cache_dir / "kernels"))
+        yield _kernels(passes.find(device, dtype, settings.cache_dir / "kernels"))
 
 
 def _kernels(found: "Kernels") -> Finding:

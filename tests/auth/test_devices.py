@@ -13,7 +13,7 @@ from sqlalchemy import update
 
 from browser import Browser, Page
 from oauth_client import PASSWORD, TUTORIAL, Program, database_of
-from servers import Server, command
+from servers import TIMEOUT, Server, command, run
 from tunesmith.store.tables import DeviceCode
 
 ADA = "ada@example.com"
@@ -117,15 +117,7 @@ class Machine:
         self.file = self.config / "tunesmith" / "credentials.json"
 
     def run(self, *arguments: str, code: int = 0) -> str:
-        done = subprocess.run(
-            command(*arguments),
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=20,
-            cwd=self.config.parent,
-        )
+        done = run(arguments, self.environment, timeout=TIMEOUT, cwd=self.config.parent)
         assert done.returncode == code, done.stderr
         return done.stdout if code == 0 else done.stderr
 

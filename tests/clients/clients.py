@@ -61,5 +61,6 @@ CLIENTS = (
     Client("google-api-python-client", "google-api-python-client.txt", "google_api_python_client.py"),
     Client("langchain-google-genai", "langchain-google-genai.txt", "langchain_chat.py"),
     Client("litellm", "litellm.txt", "litellm_completion.py"),
+    Client("openai", "openai.txt", "openai_package.py"),
     Client("curl", "", "curl.py"),
 )

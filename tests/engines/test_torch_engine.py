@@ -1,4 +1,5 @@
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from engines.client import Base, Client
 from tunesmith import protos
 from tunesmith.base_models.prompts import FORMATS, Turn
 from tunesmith.engines import runner as runner_module
+from tunesmith.engines.network import Piece
 from tunesmith.engines.runner import Request
 from tunesmith.engines.torch_engine import TorchEngine
 from tunesmith.errors import Cancelled, FailedPrecondition, Internal, InvalidArgument, NotFound, Unavailable
@@ -111,13 +113,13 @@ def test_long_prompts_come_in_chunks_between_which_others_go_on(client: Client, 
     for name in ("one", "two"):
         client.ask(name, "a", 1)  # loads it
     passes = []
-    forward = client.runner._forward
+    forward = client.runner._network.forward
 
-    def watched(cache: Any, tokens: torch.Tensor, adapters: Any) -> torch.Tensor:
-        passes.append(tuple(tokens.shape))
-        return forward(cache, tokens, adapters)
+    def watched(pieces: Sequence[Piece]) -> torch.Tensor:
+        passes.append((len(pieces), max(len(piece.tokens) for piece in pieces)))
+        return forward(pieces)
 
-    monkeypatch.setattr(client.runner, "_forward", watched)
+    monkeypatch.setattr(client.runner._network, "forward", watched)
     assert ask_together(client, questions, monkeypatch) == expected
     assert max(rows * width for rows, width in passes) <= 32
     long_ones = [number for number, (_, width) in enumerate(passes) if width == 32]
@@ -226,7 +228,7 @@ def test_weights_that_are_not_here(gemma: Base, float32: None, tmp_path):
 def is_idle(client: Client) -> bool:
     """Whether the runner has nothing left; asked between two steps."""
     client.runner.logprob([1, 2], 1, None)
-    return client.runner._running == [] and client.runner._cache.lengths == []
+    return client.runner._running == [] and client.runner._network._cache.lengths == []
 
 
 def test_gone_ends_a_request_that_runs(gemma_client: Client):
@@ -390,13 +392,13 @@ def test_embeddings_are_the_mean_of_the_last_hidden_states(client: Client, monke
     monkeypatch.setattr(runner_module, "CHUNK", 32)
     texts = [*TEXTS, "the cat is in the hat and on the tin " * 8, "b"]  # the long one takes several passes
     passes: list[tuple[int, ...]] = []
-    forward = client.runner._forward
+    forward = client.runner._network.forward
 
-    def watched(cache: Any, tokens: torch.Tensor, adapters: Any) -> torch.Tensor:
-        passes.append(tuple(tokens.shape))
-        return forward(cache, tokens, adapters)
+    def watched(pieces: Sequence[Piece]) -> torch.Tensor:
+        passes.append((len(pieces), max(len(piece.tokens) for piece in pieces)))
+        return forward(pieces)
 
-    monkeypatch.setattr(client.runner, "_forward", watched)
+    monkeypatch.setattr(client.runner._network, "forward", watched)
     for text, vector in zip(texts, client.engine.embed(client.base.model, texts, threading.Event()), strict=True):
         assert vector == pytest.approx(embedding(client, text), abs=1e-4)
     assert max(rows * width for rows, width in passes) <= 32

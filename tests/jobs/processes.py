@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import sqlite3
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -109,3 +110,85 @@ def weights_overflow(step: int) -> None:
         take(self, gradient, learning_rate if left[0] else 1e38)
 
     Adam.step = leap  # type: ignore[method-assign]
+
+
+def no_memory_above(tokens: int) -> None:
+    """The device has no memory for more than so many tokens at once, and says so as torch does."""
+    from tunesmith.training.batches import Batch
+    from tunesmith.training.network import DecoderNetwork
+
+    learn = DecoderNetwork.learn
+
+    def refused(self: DecoderNetwork, batch: Batch, weight: float) -> float:
+        if sum(batch.lengths) > tokens:
+            raise RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9000000000 bytes."
+            )
+        return learn(self, batch, weight)
+
+    DecoderNetwork.learn = refused  # type: ignore[method-assign]
+
+
+def clock_jumps(seconds: float, steps: int) -> None:
+    """The time of day jumps ahead by so much and back by twice as much, in turns, each time after some steps."""
+    import time
+    from functools import partialmethod
+
+    from torch import Tensor
+
+    from tunesmith.jobs.queue import JobQueue
+    from tunesmith.training.adam import Adam
+
+    take, real, real_ns, done, off = Adam.step, time.time, time.time_ns, [0], [0.0]
+
+    def step(self: Adam, gradient: Tensor, learning_rate: float) -> None:
+        take(self, gradient, learning_rate)
+        done[0] += 1
+        off[0] = seconds * (1, -1)[done[0] // steps % 2]
+
+    Adam.step = step  # type: ignore[method-assign]
+    time.time = lambda: real() + off[0]
+    time.time_ns = lambda: real_ns() + round(off[0] * 1e9)
+    JobQueue.__init__ = partialmethod(JobQueue.__init__, clock=time.time)  # type: ignore[method-assign, assignment]
+
+
+def stops_in_a_transaction(step: int, once: Path) -> None:
+    """The process is stopped, as by SIGSTOP, while it stores a step; later ones find a file and go on."""
+    from sqlalchemy.orm import Session
+
+    from tunesmith import protos
+    from tunesmith.store import events
+
+    tell = events.tell
+
+    def stop(session: Session, job: str, event: protos.TuningEvent) -> None:
+        tell(session, job, event)
+        if event.step.step == step and not once.exists():
+            once.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    events.tell = stop
+
+
+def freeze(pid: int, database: Path) -> None:
+    """Stop a process outside of a transaction: one that holds SQLite's lock would stop everybody."""
+    for _ in range(100):
+        os.kill(pid, signal.SIGSTOP)
+        while not has_stopped(pid):
+            pass  # a thread that is in the kernel may still take the lock on its way out
+        probe = sqlite3.connect(database, timeout=0.5, isolation_level=None)
+        try:
+            probe.execute("BEGIN IMMEDIATE")
+            probe.execute("ROLLBACK")
+            return
+        except sqlite3.OperationalError:
+            os.kill(pid, signal.SIGCONT)
+        finally:
+            probe.close()
+    raise AssertionError("the process holds the database's lock all the time")
+
+
+def has_stopped(pid: int) -> bool:
+    """Whether all threads of a process have stopped."""
+    states = [stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(state == "T" for state in states)

@@ -1,13 +1,16 @@
 """Faults, each injected into real worker processes beside a real server: every job ends in a clear state."""
 
+import json
 import os
 import random
 import signal
 import sqlite3
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
+from itertools import pairwise
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import pytest
 from jobs import processes
 from servers import TIMEOUT, Server, job, losses
 from tunesmith.jobs.queue import JobQueue
+from tunesmith.jobs.worker import CHECKPOINT_SHARE
 from tunesmith.login import CLIENT_ID
 from tunesmith.store.database import Database
 
@@ -89,10 +93,10 @@ def ended_well(server: Server, operation: dict[str, Any]) -> list[float]:
 
 
 def failed(server: Server, operation: dict[str, Any]) -> str:
-    """Check that an operation ends with a FAILED model; return the reason."""
+    """Check that an operation ends with a FAILED model, of which nothing is left; return the reason."""
     done = server.finished(operation)
     assert server.call("GET", done["metadata"]["tunedModel"])["state"] == "FAILED"
-    assert not list((server.data_dir / "artifacts" / done["metadata"]["tunedModel"]).glob("*/*"))
+    eventually(lambda: not artifacts(server, operation))
     reason: str = done["error"]["message"]
     assert report(server, operation)["reason"] == reason
     return reason
@@ -107,15 +111,40 @@ def warnings(server: Server, operation: dict[str, Any]) -> list[tuple[str, str]]
     return [(one["kind"], one["message"]) for one in report(server, operation).get("warnings", [])]
 
 
+def kinds(server: Server, operation: dict[str, Any]) -> list[str]:
+    return [kind for kind, _ in warnings(server, operation)]
+
+
 def told(server: Server, operation: dict[str, Any], kind: str) -> str:
     """Wait for a warning; return what it says."""
+    eventually(lambda: kind in kinds(server, operation))
+    return dict(warnings(server, operation))[kind]
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    """Wait until something holds."""
     deadline = time.monotonic() + TIMEOUT
-    while time.monotonic() < deadline:
-        for one, message in warnings(server, operation):
-            if one == kind:
-                return message
+    while not holds():
+        assert time.monotonic() < deadline
         time.sleep(0.1)
-    raise AssertionError(warnings(server, operation))
+
+
+def artifacts(server: Server, operation: dict[str, Any]) -> list[str]:
+    """The names of a job's artifacts, in the order of the alphabet."""
+    folder = server.data_dir / "artifacts" / operation["metadata"]["tunedModel"]
+    return sorted(path.name for path in folder.glob("*/*"))
+
+
+def watched(server: Server, operation: dict[str, Any]) -> list[dict[str, Any]]:
+    """All events of a job, once it is done."""
+    name, stream = operation["metadata"]["tunedModel"], {"accept": "text/event-stream"}
+    lines = server.http.get(f"/v1beta/{name}:watch", headers=stream).text.splitlines()
+    return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+
+
+def moment(event: dict[str, Any]) -> float:
+    """When an event was told, in seconds."""
+    return datetime.fromisoformat(event["time"]).timestamp()
 
 
 def rows(lengths: list[int], batch: int) -> dict[str, Any]:
@@ -140,6 +169,20 @@ def test_twenty_kills_at_random_steps(server: Server, workers: Workers, undistur
     assert report(server, operation)["timings"]["attempts"] == 21
 
 
+def test_checkpoints_come_at_bounded_intervals(server: Server, workers: Workers) -> None:
+    workers.start(TUNESMITH_CHECKPOINT_SECONDS="0.1")
+    operation = server.tune(LONG)
+    ended_well(server, operation)
+    events = watched(server, operation)
+    steps = {event["step"]["step"]: moment(event) for event in events if "step" in event}
+    made = {event["checkpoint"]["step"]: moment(event) for event in events if "checkpoint" in event}
+    assert len(made) > 1
+    for last, step in pairwise(made):
+        cost = steps[last + 1] - steps[last]  # at most: a step is in it too
+        assert steps[step - 1] - made[last] <= max(0.1, CHECKPOINT_SHARE * cost) + cost
+        assert made[step] - made[last] >= 0.1
+
+
 def test_killed_while_writing_a_checkpoint(server: Server, workers: Workers, undisturbed: list[float]) -> None:
     operation = server.tune(LONG)
     workers.buried(workers.start(processes.killed_writing_checkpoint, 30))
@@ -148,7 +191,7 @@ def test_killed_while_writing_a_checkpoint(server: Server, workers: Workers, und
     assert found == {"checkpoint-1-29": True, "checkpoint-1-30": False}
     workers.start()
     assert ended_well(server, operation) == undisturbed
-    assert [path.name for path in folder.glob("*/*")] == ["adapter-2"]
+    eventually(lambda: artifacts(server, operation) == ["adapter-2"])
 
 
 def test_a_damaged_checkpoint_is_not_the_jobs_end(
@@ -178,12 +221,32 @@ def test_what_the_system_kills_for_its_memory_goes_on_with_half_of_it(server: Se
 
 
 def test_a_poison_job_is_given_up_and_the_next_one_runs(server: Server, workers: Workers) -> None:
-    poison, after = server.tune(rows([150], batch=1)), server.tune(job("after"))
-    for _ in range(3):
+    worker = workers.start(processes.killed_above, 100)
+    parent = server.finished(server.tune(job("parent")))["response"]["name"]
+    body = rows([150], batch=1) | {"base_model": None, "tuned_model_source": {"tuned_model": parent}}
+    poison, after = server.tune(body), server.tune(job("after"))
+    server.call("DELETE", parent)
+    kept = server.data_dir / "artifacts" / parent
+    assert kept.exists()  # for the job that starts from it
+    workers.buried(worker)
+    for _ in range(2):
         workers.buried(workers.start(processes.killed_above, 100))
     workers.start(processes.killed_above, 100)
-    assert "ended 3 times in a row without finishing a step" in failed(server, poison)
+    reason = failed(server, poison)
+    assert "ended 3 times in a row without finishing a step" in reason
+    assert "Try shorter examples or a smaller base model, or ask the server's operator" in reason
     ended_well(server, after)
+    assert not kept.exists()
+
+
+def test_an_example_that_memory_does_not_hold_is_named(server: Server, workers: Workers) -> None:
+    worker = workers.start(processes.no_memory_above, 100)
+    reason = failed(server, server.tune(rows([20, 150, 20, 130], batch=4)))
+    assert "not enough memory for step 1, not even for one example at a time" in reason
+    assert "longest example has 169 tokens" in reason
+    assert "1 of all 4 are as long or longer: shorten or split them" in reason
+    ended_well(server, server.tune(job("after")))
+    assert worker.is_alive()
 
 
 def test_a_step_without_memory_takes_less(server: Server, workers: Workers) -> None:
@@ -205,6 +268,34 @@ def test_a_loss_that_is_no_number_names_the_learning_rate(server: Server, worker
     reason = failed(server, server.tune(LONG))
     assert "diverged: the loss of step 6 is not a number" in reason
     assert "learning rate below 0.001" in reason
+
+
+def test_a_clock_that_jumps_changes_nothing(server: Server, workers: Workers, undisturbed: list[float]) -> None:
+    operation = server.tune(LONG)
+    for _ in range(2):  # the one that does not get the job looks at its lease
+        workers.start(processes.clock_jumps, 3600.0, 40)
+    assert ended_well(server, operation) == undisturbed
+    found = report(server, operation)
+    assert found["timings"]["attempts"] == 1
+    assert 0 <= found["timings"].get("totalSeconds", 0.0) < TIMEOUT  # known or not, but never less than nothing
+
+
+def test_a_worker_that_froze_past_its_lease_is_replaced_and_leaves_the_job(
+    server: Server, workers: Workers, undisturbed: list[float]
+) -> None:
+    operation = server.tune(LONG)
+    frozen = workers.start(TUNESMITH_LEASE_SECONDS="1")
+    server.until(operation, reaches(5))
+    assert frozen.pid
+    processes.freeze(frozen.pid, server.data_dir / "tunesmith.db")
+    step = server.call("GET", operation["name"])["metadata"]["completedSteps"]
+    workers.start(TUNESMITH_LEASE_SECONDS="1")
+    server.until(operation, reaches(step + 20))
+    os.kill(frozen.pid, signal.SIGCONT)
+    assert ended_well(server, operation) == undisturbed
+    assert report(server, operation)["timings"]["attempts"] == 2
+    eventually(lambda: "no longer holds job" in workers.log.read_text())
+    assert frozen.is_alive()
 
 
 def test_a_database_that_another_process_locks(
@@ -273,10 +364,13 @@ def test_no_space_for_checkpoints_and_adapter(
             model = operation["metadata"]["tunedModel"]
             assert not list(disk.glob(f"artifacts/{model}/*/adapter-*"))
             assert server.call("GET", model)["state"] == "CREATING"
+            server.call("POST", f"{model}:pause", {})  # the worker is free for others meanwhile
+            eventually(lambda: report(server, operation)["status"]["state"] == "PAUSED")
+            server.call("POST", f"{model}:resume", {})
+            eventually(lambda: kinds(server, operation).count("adapter_not_stored") == 2)
             filler.unlink()
             assert ended_well(server, operation) == undisturbed
-            kinds = [kind for kind, _ in warnings(server, operation)]
-            assert (kinds.count("checkpoint_not_stored"), kinds.count("adapter_not_stored")) == (1, 1)
+            assert kinds(server, operation).count("checkpoint_not_stored") == 2  # once an attempt
             assert "adapter was not stored" in Path(server.log.name).read_text()
 
 

@@ -2,13 +2,16 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 from sqlalchemy import select
 
-from servers import Server, command, job
+from servers import Server, command, job, losses
+from tunesmith.jobs.launchers import LocalLauncher
+from tunesmith.jobs.queue import JobQueue
 from tunesmith.store.database import Database
 from tunesmith.store.tables import Job
 
@@ -49,3 +52,34 @@ def test_a_worker_whose_server_is_gone_does_not_get_ready_first(tiny: dict[str, 
             if process.stdin is not None:
                 process.stdin.close()
         assert (said, process.returncode) == (ready, 0)
+
+
+STOPS_AT_STEP_5 = """
+import sys
+from pathlib import Path
+from jobs import processes
+from tunesmith.cli import main
+processes.stops_in_a_transaction(5, Path(sys.argv.pop(1)))
+main()
+"""
+
+
+def test_a_worker_that_is_stopped_while_it_locks_the_database_is_killed(
+    tiny: dict[str, str], data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny | {"TUNESMITH_LEASE_SECONDS": "1", "TUNESMITH_DATABASE_WAIT_SECONDS": "0.5"}
+    for name, value in (settings | {"PYTHONPATH": str(Path(__file__).parents[1])}).items():
+        monkeypatch.setenv(name, value)
+    once = data_dir.parent / "once"
+    with Server(data_dir, settings, "--workers", "0") as server:
+        database = Database(f"sqlite:///{data_dir / 'tunesmith.db'}")
+        program = [sys.executable, "-c", STOPS_AT_STEP_5, str(once)]
+        launcher = LocalLauncher(1, server.where(), JobQueue(database, lease_seconds=1), program)
+        operation = server.tune(job(epochs=4))
+        launcher.start()
+        stopped = losses(server.finished(operation))
+        assert once.exists()
+        assert server.call("GET", f"{operation['metadata']['tunedModel']}:report")["timings"]["attempts"] == 2
+        assert losses(server.finished(server.tune(job(epochs=4)))) == stopped
+        launcher.stop()
+        database.close()

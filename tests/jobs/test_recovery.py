@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,54 +113,3 @@ def test_the_whole_server_killed(tiny: dict[str, str], data_dir: Path, undisturb
     assert ended_well(server, operation) == undisturbed
     ended_well(server, waiting)
     server.stop()
-
-
-def test_a_worker_that_froze_past_its_lease_is_replaced_and_leaves_the_job(
-    tiny: dict[str, str], data_dir: Path, undisturbed: list[float]
-) -> None:
-    with Server(data_dir, tiny | EVERY_STEP | {"TUNESMITH_LEASE_SECONDS": "1"}, "--workers", "2") as server:
-        operation = server.tune(LONG)
-        server.until(operation, reaches(5))
-        frozen = workers(server)  # whichever holds the job; the other one goes on below
-        freeze(server, frozen)
-        step = server.call("GET", operation["name"])["metadata"]["completedSteps"]
-        os.kill(idle_worker(server, frozen), signal.SIGCONT)
-        server.until(operation, reaches(step + 20))
-        for worker in frozen:
-            os.kill(worker, signal.SIGCONT)
-        assert ended_well(server, operation) == undisturbed
-        server.finished(server.tune(job("after")))  # both workers are well
-
-
-def freeze(server: Server, pids: list[int]) -> None:
-    """Stop processes outside of a transaction: one that holds SQLite's lock would stop everybody."""
-    for _ in range(100):
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-        while not all(map(has_stopped, pids)):
-            pass  # a thread that is in the kernel may still take the lock on its way out
-        database = sqlite3.connect(server.data_dir / "tunesmith.db", timeout=0.5, isolation_level=None)
-        try:
-            database.execute("BEGIN IMMEDIATE")
-            database.execute("ROLLBACK")
-            return
-        except sqlite3.OperationalError:
-            for pid in pids:
-                os.kill(pid, signal.SIGCONT)
-        finally:
-            database.close()
-    raise AssertionError("the processes hold the database's lock all the time")
-
-
-def has_stopped(pid: int) -> bool:
-    """Whether all threads of a process have stopped."""
-    states = [stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
-    return all(state == "T" for state in states)
-
-
-def idle_worker(server: Server, pids: list[int]) -> int:
-    """The worker that holds no job, by the name in its command line and in the log's claims."""
-    log = Path(server.log.name).read_text()
-    names = {pid: Path(f"/proc/{pid}/cmdline").read_text().split("--name\0")[1].split("\0")[0] for pid in pids}
-    (idle,) = [pid for pid, name in names.items() if f"worker {name} claims job" not in log]
-    return idle

@@ -6,6 +6,7 @@ import math
 from typing import Any
 from unittest.mock import ANY
 
+import jsonschema
 import pytest
 
 from servers import Server, job, losses
@@ -248,3 +249,235 @@ def test_palm_clients_find_a_model_to_tune(server: Server) -> None:
     found = [one["name"] for one in models if "createTunedTextModel" in one["supportedGenerationMethods"]]
     assert found == ["models/text-bison-001"]
     assert all("embedContent" in one["supportedGenerationMethods"] for one in models)
+
+
+PERSON = {
+    "type": "OBJECT",
+    "properties": {
+        "name": {"type": "STRING", "maxLength": "5"},
+        "age": {"type": "INTEGER", "minimum": 0, "maximum": 150},
+        "tags": {"type": "ARRAY", "items": {"type": "STRING", "enum": ["a", "b"]}, "maxItems": "2"},
+        "spouse": {"type": "BOOLEAN", "nullable": True},
+    },
+    "required": ["name", "age", "tags", "spouse"],
+    "propertyOrdering": ["spouse", "age", "name", "tags"],
+}
+PERSON_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 5},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2},
+        "spouse": {"type": ["boolean", "null"]},
+    },
+    "required": ["name", "age", "tags", "spouse"],
+    "additionalProperties": False,
+}
+
+
+def asked(server: Server, model: str, code: int = 200, **config: Any) -> dict[str, Any]:
+    body = {"contents": [content("user", "hello")], "generationConfig": config}
+    answer: dict[str, Any] = server.call("POST", f"{model}:generateContent", body, code=code)
+    return answer
+
+
+def texts(answer: dict[str, Any]) -> list[str]:
+    return [one["content"]["parts"][0].get("text", "") for one in answer["candidates"]]
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_json_of_a_schema(server: Server, chat: str, tuned: bool, temperature: float) -> None:
+    options = {"responseMimeType": "application/json", "candidateCount": 4, "temperature": temperature, "seed": 1}
+    model = chat if tuned else BASE
+    answer = asked(server, model, **options, responseSchema=PERSON)
+    for text in texts(answer):
+        jsonschema.validate(json.loads(text), PERSON_SCHEMA)
+        assert list(json.loads(text)) == PERSON["propertyOrdering"]
+    assert {one["finishReason"] for one in answer["candidates"]} == {"STOP"}
+    answer = asked(server, model, **options, responseJsonSchema=PERSON_SCHEMA)
+    for text in texts(answer):
+        jsonschema.validate(json.loads(text), PERSON_SCHEMA)
+        assert list(json.loads(text)) == PERSON_SCHEMA["required"]
+    assert {one["finishReason"] for one in answer["candidates"]} == {"STOP"}
+
+
+def test_a_stream_of_json_is_the_same_json(server: Server, chat: str) -> None:
+    config = {"responseMimeType": "application/json", "responseSchema": PERSON, "responseLogprobs": True}
+    body = {"contents": [content("user", "hello")], "generationConfig": config}
+    whole = server.call("POST", f"{chat}:generateContent", body)
+    chunks = server.call("POST", f"{chat}:streamGenerateContent", body)
+    pieces = [chunk["candidates"][0] for chunk in chunks]
+    assert "".join(texts({"candidates": pieces})) == texts(whole)[0]
+    told = [one for piece in pieces for one in piece["logprobsResult"].get("chosenCandidates", [])]
+    assert told == whole["candidates"][0]["logprobsResult"]["chosenCandidates"]
+    assert len(told) == chunks[-1]["usageMetadata"]["candidatesTokenCount"]
+    assert pieces[-1]["avgLogprobs"] == whole["candidates"][0]["avgLogprobs"]
+    assert not any("avgLogprobs" in piece for piece in pieces[:-1])
+
+
+def test_json_that_is_cut_stays_as_it_is(server: Server) -> None:
+    answer = asked(
+        server,
+        BASE,
+        responseMimeType="application/json",
+        responseSchema=PERSON,
+        maxOutputTokens=4,
+        temperature=1.0,
+    )
+    (candidate,) = answer["candidates"]
+    assert candidate["finishReason"] == "MAX_TOKENS"
+    assert answer["usageMetadata"]["candidatesTokenCount"] == 4
+    assert texts(answer)[0].startswith("{")
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(texts(answer)[0])
+
+
+def test_numbers_come_to_an_end(server: Server, chat: str) -> None:
+    schema = {"type": "array", "items": {"type": ["number", "null"]}, "minItems": 3, "maxItems": 3}
+    config = {
+        "responseMimeType": "application/json",
+        "frequencyPenalty": -2,
+        "candidateCount": 4,
+        "temperature": 1.5,
+    }
+    answer = asked(server, chat, **config, responseJsonSchema=schema)
+    assert {one["finishReason"] for one in answer["candidates"]} == {"STOP"}
+    for text in texts(answer):
+        jsonschema.validate(json.loads(text), schema)
+    whole = asked(server, chat, **config, responseSchema={"type": "NUMBER"})
+    assert all(abs(json.loads(text)) < 2**53 for text in texts(whole))
+
+
+def test_json_without_a_schema_is_any_json(server: Server) -> None:
+    answer = asked(
+        server, BASE, responseMimeType="application/json", candidateCount=8, temperature=2.0, stopSequences=["}"]
+    )
+    assert all(text == "" or text[0] in '{["-0123456789tfn' for text in texts(answer))
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_one_of_some_texts(server: Server, chat: str, tuned: bool) -> None:
+    schema = {"type": "STRING", "enum": ["yes", "no", "no idea"]}
+    options = {"candidateCount": 8, "temperature": 2.0, "responseSchema": schema}
+    answer = asked(server, chat if tuned else BASE, responseMimeType="text/x.enum", **options)
+    assert set(texts(answer)) <= set(schema["enum"])
+    assert {one["finishReason"] for one in answer["candidates"]} == {"STOP"}
+    quoted = asked(server, BASE, responseMimeType="application/json", **options)
+    assert {json.loads(text) for text in texts(quoted)} <= set(schema["enum"])
+
+
+def test_logprobs(server: Server, chat: str) -> None:
+    answer = asked(server, chat, responseLogprobs=True, logprobs=3, maxOutputTokens=6)
+    (candidate,) = answer["candidates"]
+    result = candidate["logprobsResult"]
+    count = answer["usageMetadata"]["candidatesTokenCount"]
+    assert len(result["chosenCandidates"]) == len(result["topCandidates"]) == count
+    for chosen, top in zip(result["chosenCandidates"], result["topCandidates"], strict=True):
+        told = [one["logProbability"] for one in top["candidates"]]
+        assert told == sorted(told, reverse=True)
+        assert len(told) == 3
+        assert chosen == top["candidates"][0]  # greedy
+    tokens = "".join(one["token"] for one in result["chosenCandidates"])
+    assert tokens.removeprefix(" ") == texts(answer)[0]
+    total = sum(one["logProbability"] for one in result["chosenCandidates"])
+    assert result["logProbabilitySum"] == pytest.approx(total, rel=1e-5)
+    assert candidate["avgLogprobs"] == pytest.approx(total / count, rel=1e-5)
+    only = asked(server, chat, responseLogprobs=True, maxOutputTokens=6)["candidates"][0]
+    assert "topCandidates" not in only["logprobsResult"]
+    assert "logprobsResult" not in asked(server, chat, maxOutputTokens=6)["candidates"][0]
+
+
+def test_penalties_change_what_comes(server: Server) -> None:
+    plain = asked(server, BASE, maxOutputTokens=80)
+    assert texts(asked(server, BASE, maxOutputTokens=80, frequencyPenalty=0, presencePenalty=0)) == texts(plain)
+    rewarded = asked(server, BASE, maxOutputTokens=80, frequencyPenalty=-2, responseLogprobs=True)["candidates"][0]
+    tokens = [one["tokenId"] for one in rewarded["logprobsResult"]["chosenCandidates"]]
+    assert len(set(tokens[-20:])) == 1  # each time it is worth more
+    punished = asked(server, BASE, maxOutputTokens=80, frequencyPenalty=2, presencePenalty=2)
+    assert texts(punished) != texts(plain)
+
+
+CONFIG = "GenerateContentRequest.generation_config"
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            {"responseMimeType": "text/html"},
+            ".response_mime_type: must be text/plain, application/json or text/x.enum",
+        ),
+        ({"responseSchema": PERSON}, ".response_mime_type: must be application/json or text/x.enum with a schema"),
+        (
+            {
+                "responseMimeType": "application/json",
+                "responseSchema": PERSON,
+                "responseJsonSchema": PERSON_SCHEMA,
+            },
+            ".response_json_schema: give response_schema or response_json_schema, not both",
+        ),
+        (
+            {"responseMimeType": "application/json", "responseJsonSchema": {"type": "person"}},
+            ".response_json_schema: cannot be used: Invalid type: person",
+        ),
+        (
+            {"responseMimeType": "application/json", "responseJsonSchema": [1]},
+            ".response_json_schema: must be an object",
+        ),
+        (
+            {"responseMimeType": "application/json", "responseSchema": {**PERSON, "required": ["nome"]}},
+            ".response_schema.required[0]: there is no property 'nome'",
+        ),
+        (
+            {
+                "responseMimeType": "application/json",
+                "responseSchema": {"type": "ARRAY", "items": {"type": "INTEGER", "enum": ["one"]}},
+            },
+            ".response_schema.items.enum: must be numbers, as the type is INTEGER",
+        ),
+        ({"responseMimeType": "text/x.enum"}, ".response_schema: must have an enum of texts"),
+        (
+            {"responseMimeType": "text/x.enum", "responseSchema": PERSON},
+            ".response_schema: must have an enum of texts",
+        ),
+        ({"logprobs": 2}, ".response_logprobs: must be true when logprobs is set"),
+        ({"responseLogprobs": True, "logprobs": 21}, ".logprobs: must be between 0 and 20, not 21"),
+        ({"presencePenalty": 2.5}, ".presence_penalty: must be between -2 and 2, not 2.5"),
+        ({"frequencyPenalty": -3}, ".frequency_penalty: must be between -2 and 2, not -3"),
+        ({"responseModalities": ["IMAGE"]}, ".response_modalities: must be TEXT"),
+        ({"stopSequences": list("abcdef")}, ".stop_sequences: must be at most 5 texts"),
+    ],
+)
+def test_bad_generation_config(server: Server, config: dict[str, Any], expected: str) -> None:
+    error = asked(server, BASE, code=400, **config)["error"]
+    assert error["status"] == "INVALID_ARGUMENT"
+    assert error["message"].startswith(f"* {CONFIG}{expected}")
+    violations = error["details"][0]["fieldViolations"]
+    assert violations[0]["field"] == error["message"][2:].partition(": ")[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"tools": [{"functionDeclarations": [{"name": "f", "description": "d"}]}]}, "tools"),
+        ({"toolConfig": {"functionCallingConfig": {"mode": "ANY"}}}, "tool_config"),
+        (
+            {"contents": [{"parts": [{"text": "x"}, {"functionCall": {"name": "f"}}]}]},
+            "contents[0].parts[1].function_call",
+        ),
+        (
+            {"contents": [{"parts": [{"functionResponse": {"name": "f", "response": {"a": 1}}}]}]},
+            "contents[0].parts[0].function_response",
+        ),
+        (
+            {"systemInstruction": {"parts": [{"inlineData": {"mimeType": "image/png", "data": "AA=="}}]}},
+            "system_instruction.parts[0].inline_data",
+        ),
+    ],
+)
+def test_what_the_models_cannot_do_is_refused_by_name(server: Server, body: dict[str, Any], field: str) -> None:
+    asked_for = {"contents": [content("user", "x")], **body}
+    error = server.call("POST", f"{BASE}:generateContent", asked_for, code=400)["error"]
+    assert error["status"] == "INVALID_ARGUMENT"
+    assert error["message"].startswith(f"* GenerateContentRequest.{field}: these models ")

@@ -13,11 +13,12 @@ from training.training_data import in_peft
 from tunesmith import protos
 from tunesmith.base_models import decoder
 from tunesmith.base_models.decoder import Turns
-from tunesmith.training import kernels, network
+from tunesmith.kernels import passes
+from tunesmith.kernels.passes import CompiledKernels, TorchKernels
+from tunesmith.training import network
 from tunesmith.training.attention import Heads, PaddedAttention, ShortAttention
 from tunesmith.training.batches import collate
 from tunesmith.training.examples import Row
-from tunesmith.training.kernels import CompiledKernels, TorchKernels
 from tunesmith.training.loop import Base, Recipe, TuningRun
 from tunesmith.training.loss import OutputHead
 from tunesmith.training.network import Network, freeze
@@ -144,7 +145,7 @@ def test_the_output_head_in_chunks_is_cross_entropy() -> None:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> CompiledKernels:
-    found = kernels.find(CPU, torch.bfloat16, tmp_path_factory.mktemp("kernels"))
+    found = passes.find(CPU, torch.bfloat16, tmp_path_factory.mktemp("kernels"))
     assert isinstance(found, CompiledKernels)
     return found
 
@@ -248,9 +249,9 @@ def in_order(made: Network) -> torch.Tensor:
 def test_without_a_compiler_torch_does_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for compiler in ("false", "no-such-compiler"):
         monkeypatch.setenv("CC", compiler)
-        assert isinstance(kernels.find(CPU, torch.bfloat16, tmp_path), TorchKernels)
+        assert isinstance(passes.find(CPU, torch.bfloat16, tmp_path), TorchKernels)
     assert not list(tmp_path.iterdir())
-    assert isinstance(kernels.find(CPU, torch.float32, tmp_path), TorchKernels)
+    assert isinstance(passes.find(CPU, torch.float32, tmp_path), TorchKernels)
 
 
 def test_an_adapter_may_have_any_rank_and_alpha(base: Base) -> None:

@@ -45,6 +45,9 @@ class Base(Protocol):
     device: torch.device
     linears: dict[str, tuple[int, int]]
 
+    def prepare(self, adapter: Adapter) -> None:
+        """Bring an adapter into the layout that passes read."""
+
     def logprob(self, tokens: Sequence[int], prompt_length: int, adapter: Adapter | None) -> float:
         """Return the mean log-probability of the tokens that follow the prompt."""
 
@@ -132,6 +135,7 @@ def load(artifacts: ArtifactStore, path: str, base: Base) -> Adapter:
         rank=config["r"],
         prompt_format=manifest["prompt_format"],
     )
+    base.prepare(adapter)
     _check_probe(path, manifest.get("probe"), adapter, base)
     return adapter
 

@@ -1,17 +1,34 @@
 """What the service asks of an engine."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from tunesmith.base_models.catalog import BaseModel
 from tunesmith.base_models.prompts import Turn
 
 
 @dataclass(frozen=True)
+class Constraint:
+    """What an answer must be.
+
+    Attributes:
+        field: Where it stands in the request, for errors.
+        schema: The JSON Schema of the JSON text that is the answer; an empty one is any JSON value.
+        choices: Texts, one of which is the answer; none when a schema says what it is.
+    """
+
+    field: str
+    schema: Mapping[str, Any] | None = None
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen.
+
+    A constraint and penalties change the scores before top_k, top_p and temperature are applied to them.
 
     Attributes:
         temperature: 0 takes the most probable token each time.
@@ -22,6 +39,11 @@ class Sampling:
             weights' number format; None draws one. Each further candidate takes the next higher one.
         stop_sequences: Texts that end the answer and are not part of it.
         candidates: How many answers are made.
+        presence_penalty: Subtracted from the scores of the tokens that the answer has already.
+        frequency_penalty: Subtracted once for each time that the answer has a token.
+        logprobs: How many of the most probable tokens are told at each place of the answer, beside the chosen
+            one; None tells neither.
+        constraint: What the answer must be; None leaves it free.
     """
 
     temperature: float
@@ -31,6 +53,30 @@ class Sampling:
     seed: int | None = None
     stop_sequences: tuple[str, ...] = ()
     candidates: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: int | None = None
+    constraint: Constraint | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token and the logarithm of the probability that the model gave it.
+
+    It is the model's own: at temperature 1, before penalties and without the constraint.
+    """
+
+    token: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place of an answer: the token that was chosen, and the most probable ones, best first."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True)
@@ -40,9 +86,10 @@ class Chunk:
     Attributes:
         text: The text to append; may be empty in the last chunk.
         prompt_tokens: Length of the prompt.
-        output_tokens: Tokens generated so far, the one that ended the answer not counted.
+        output_tokens: Tokens generated so far; the model's own end of the answer is not counted.
         finish_reason: `Candidate.FinishReason` on the candidate's last chunk, 0 before.
         index: The candidate that it belongs to, from 0.
+        places: The tokens since the candidate's last chunk, when they were asked for.
     """
 
     text: str
@@ -50,6 +97,7 @@ class Chunk:
     output_tokens: int
     finish_reason: int = 0
     index: int = 0
+    places: tuple[Place, ...] = ()
 
 
 class Engine(Protocol):
@@ -75,7 +123,7 @@ class Engine(Protocol):
             caller: The account that asks; when more ask than fit, accounts take turns.
 
         Raises:
-            InvalidArgument: The prompt is longer than the model takes.
+            InvalidArgument: The prompt is longer than the model takes, or no answer can be held to the constraint.
             FailedPrecondition: The weights are not on this machine, or the adapter belongs to other weights.
             Internal: The adapter does not answer as it did when it was trained.
             Cancelled: `gone` was set.

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that a batch has seen, one row a request."""
+"""Keys and values of the tokens that requests have seen, a row each, for models run as modules."""
 
 from collections.abc import Sequence
 
@@ -9,31 +9,52 @@ BLOCK = 256
 
 
 class KVCache:
-    """Rows of different lengths, packed without gaps: row i belongs to the i-th request of a batch.
+    """Rows of different lengths: each belongs to a request for as long as that takes.
 
     Each layer holds two tensors [rows, positions, heads, head size]; the model's attention layers write to
     them and read them through `update`, the one method of transformers' Cache that they call. A forward pass
     is `begin`, the model, `advance`.
     """
 
-    def __init__(self, rows: int, device: torch.device) -> None:
-        self.lengths = [0] * rows
+    def __init__(self, device: torch.device) -> None:
+        self.lengths: list[int] = []
         """Tokens seen by each row."""
         self._device = device
+        self._free: list[int] = []
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._capacity = (rows, BLOCK)
+        self._capacity = (1, BLOCK)
         self.end = 0
-        """Length of the longest row, the tokens of the pass that has begun included."""
+        """Length of the longest row of the pass that has begun, its tokens included."""
+        self._rows = torch.empty(0)
+        self._in_order = True
         self._written = torch.empty(0)
 
-    def begin(self, width: int) -> torch.Tensor:
-        """Make room for `width` more tokens in each row and return their positions, [rows, width]."""
-        self.end = max(self.lengths) + width
+    def take(self) -> int:
+        """Return an empty row."""
+        if self._free:
+            row = min(self._free)
+            self._free.remove(row)
+            self.lengths[row] = 0
+            return row
+        self.lengths.append(0)
+        return len(self.lengths) - 1
+
+    def give_back(self, row: int) -> None:
+        """End a row; the memory of all is freed with the last one."""
+        self._free.append(row)
+        if len(self._free) == len(self.lengths):
+            self.__init__(self._device)  # type: ignore[misc]
+
+    def begin(self, rows: Sequence[int], width: int) -> torch.Tensor:
+        """Make room for `width` more tokens in some rows and return their positions, [rows, width]."""
+        lengths = [self.lengths[row] for row in rows]
+        self.end = max(lengths) + width
         self._reserve(len(self.lengths), self.end)
-        starts = torch.tensor(self.lengths, device=self._device)
+        self._rows = torch.tensor(rows, device=self._device)
+        self._in_order = list(rows) == list(range(len(rows)))
+        starts = torch.tensor(lengths, device=self._device)
         positions = starts[:, None] + torch.arange(width, device=self._device)
-        rows = torch.arange(len(self.lengths), device=self._device) * self._capacity[1]
-        self._written = (rows[:, None] + positions).flatten()
+        self._written = (self._rows[:, None] * self._capacity[1] + positions).flatten()
         return positions
 
     def update(
@@ -47,8 +68,8 @@ class KVCache:
             layer: Index of the layer.
 
         Returns:
-            Keys and values [rows, heads, longest row, head size], views of the cache; what lies behind a
-            row's own tokens is for the mask to hide.
+            Keys and values [rows, heads, longest row, head size]; what lies behind a row's own tokens is for
+            the mask to hide.
         """
         if layer == len(self._layers):
             self._layers.append((self._allocate(key), self._allocate(value)))
@@ -59,37 +80,16 @@ class KVCache:
         """Return the tokens that the longest row has seen; transformers asks when it has no positions."""
         return max(self.lengths)
 
-    def advance(self, widths: Sequence[int]) -> None:
+    def advance(self, rows: Sequence[int], widths: Sequence[int]) -> None:
         """Count the tokens that were really new in each row; the others were padding."""
-        self.lengths = [length + width for length, width in zip(self.lengths, widths, strict=True)]
-
-    def append(self, other: "KVCache") -> None:
-        """Take over the rows of another cache, which is of no use afterwards."""
-        first, longest = len(self.lengths), max(other.lengths)
-        if first == 0:
-            self._layers, self._capacity = other._layers, other._capacity
-        else:
-            self._reserve(first + len(other.lengths), longest)
-            for ours, theirs in zip(self._layers, other._layers, strict=True):
-                for stored, new in zip(ours, theirs, strict=True):
-                    stored[first : first + len(other.lengths), :longest] = new[: len(other.lengths), :longest]
-        self.lengths += other.lengths
-
-    def remove(self, row: int) -> None:
-        """Drop a row; the last row takes its place."""
-        last = len(self.lengths) - 1
-        if row != last:
-            length = self.lengths[last]
-            for layer in self._layers:
-                for stored in layer:
-                    stored[row, :length] = stored[last, :length]
-        self.lengths[row] = self.lengths[last]
-        self.lengths.pop()
+        for row, width in zip(rows, widths, strict=True):
+            self.lengths[row] += width
 
     def _store(self, stored: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         rows, heads, _, size = new.shape
         stored.view(-1, heads, size).index_copy_(0, self._written, new.transpose(1, 2).reshape(-1, heads, size))
-        return stored[:rows, : self.end].transpose(1, 2)
+        seen = stored[:, : self.end]
+        return (seen[:rows] if self._in_order else seen.index_select(0, self._rows)).transpose(1, 2)
 
     def _allocate(self, like: torch.Tensor) -> torch.Tensor:
         # Zeros, as attention multiplies what the mask hides by zero, and zero times a NaN is NaN.

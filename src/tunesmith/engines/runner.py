@@ -11,26 +11,28 @@ one token for all that are running. Of the waiting, callers take turns: who has 
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from tunesmith import protos
 from tunesmith.base_models import decoder
 from tunesmith.base_models.weights import Weights
-from tunesmith.engines.kv_cache import KVCache, causal_mask
-from tunesmith.engines.linear import linear
-from tunesmith.engines.lora import Adapter, AdapterMix, adapt
-from tunesmith.engines.sampling import Sampler, choose
+from tunesmith.engines.lora import Adapter
+from tunesmith.engines.module_network import ModuleNetwork
+from tunesmith.engines.network import Network, Piece
+from tunesmith.engines.packed_network import PackedNetwork
+from tunesmith.engines.sampling import Chosen, Sampler, choose
 from tunesmith.engines.turns import Turns
-from tunesmith.errors import ApiError, Cancelled, FailedPrecondition, Internal, Unavailable
+from tunesmith.errors import ApiError, Cancelled, Internal, Unavailable
+from tunesmith.kernels.decoding import DecodingKernels
 
 CHUNK = 512
 """Tokens of one prefill pass: what the running requests wait for at most between two of their tokens."""
@@ -54,7 +56,7 @@ class Ended:
     finish_reason: int
 
 
-Events = SimpleQueue[tuple[int, int | Ended | ApiError]]
+Events = SimpleQueue[tuple[int, Chosen | Ended | ApiError]]
 """What happens to requests, each event with the request's index: a token, the end, or an error."""
 
 
@@ -74,6 +76,7 @@ class Request:
         caller: Who asks; callers take turns.
         abandoned: Set when the reader has stopped reading.
         tokens: Ids generated so far.
+        slot: Its keys and values, while it is under way.
     """
 
     prompt: Sequence[int]
@@ -88,6 +91,7 @@ class Request:
     abandoned: bool = False
     ended: bool = False
     tokens: list[int] = field(default_factory=list)
+    slot: Any = None
 
     def end(self, event: Ended | ApiError) -> None:
         """Say how the request ended, once."""
@@ -95,13 +99,18 @@ class Request:
             self.ended = True
             self.events.put((self.index, event))
 
-    def take(self, token: int, longest: int) -> None:
+    def take(self, chosen: Chosen, longest: int) -> None:
         """Hand out the next token; `longest` is how many tokens the model can hold."""
-        if token in self.stop_tokens:
+        if failed := self.sampler.failed:
+            return self.end(failed)
+        if chosen.token in self.stop_tokens:
             return self.end(Ended(protos.Candidate.STOP))
-        self.tokens.append(token)
-        self.events.put((self.index, token))
-        if len(self.tokens) >= self.max_output_tokens or len(self.prompt) + len(self.tokens) >= longest:
+        self.tokens.append(chosen.token)
+        self.sampler.take(chosen.token)
+        self.events.put((self.index, chosen))
+        if self.sampler.finished:
+            self.end(Ended(protos.Candidate.STOP))
+        elif len(self.tokens) >= self.max_output_tokens or len(self.prompt) + len(self.tokens) >= longest:
             self.end(Ended(protos.Candidate.MAX_TOKENS))
         return None
 
@@ -118,16 +127,15 @@ class _Prefill:
 
     Attributes:
         requests: Whose prompts.
-        cache: Their keys and values, a cache of their own until the prompts are whole.
     """
 
     requests: list[Request]
-    cache: KVCache
 
     @property
     def done(self) -> int:
         """How many tokens have been computed when some are left: only a prompt alone has several passes."""
-        return self.cache.lengths[0]
+        length: int = self.requests[0].slot.length
+        return length
 
 
 class Runner:
@@ -138,19 +146,19 @@ class Runner:
         device: Where it runs.
         dtype: Number format of its weights.
         max_batch: Requests under way together.
+        kv_bytes: Memory for their keys and values, at most; not where the model is run as modules.
     """
 
-    def __init__(self, weights: Weights, device: torch.device, dtype: torch.dtype, max_batch: int) -> None:
+    def __init__(
+        self, weights: Weights, device: torch.device, dtype: torch.dtype, max_batch: int, kv_bytes: int = 1 << 30
+    ) -> None:
         self.weights = weights
         self.device = device
         self._dtype = dtype
-        self._mix = AdapterMix()
-        self._max_batch = max_batch
+        self._max_batch, self._kv_bytes = max_batch, kv_bytes
         self._waiting: Turns[Request] = Turns()
         self._prefilling: deque[_Prefill] = deque()
         self._running: list[Request] = []
-        self._cache = KVCache(0, device)
-        """Row i is the i-th running request's."""
         self._tasks: Turns[tuple[Future[Any], Callable[[], Any]]] = Turns()
         """What is no request: computed between two steps, one at a time."""
         self._closing = False
@@ -199,13 +207,18 @@ class Runner:
         """
         means = []
         for group in _groups(texts):
-            cache, total = KVCache(len(group), self.device), torch.zeros(())
-            for start in range(0, max(map(len, group)), CHUNK):
-                if gone.is_set():
-                    raise Cancelled("The client went away.")
-                chunks = [text[start : start + CHUNK] for text in group]
-                summed = partial(self._summed, cache, chunks, max(skip - start, 0))
-                total = total + self._between_steps(summed, caller)
+            slots: list[Any] = self._between_steps(partial(self._open, [len(text) for text in group]), caller)
+            try:
+                total = torch.zeros(())
+                for start in range(0, max(map(len, group)), CHUNK):
+                    if gone.is_set():
+                        raise Cancelled("The client went away.")
+                    chunks = [text[start : start + CHUNK] for text in group]
+                    summed = partial(self._summed, slots, chunks, max(skip - start, 0))
+                    total = total + self._between_steps(summed, caller)
+            finally:
+                with suppress(Unavailable):  # it is closing, and all memory with it
+                    self._between_steps(partial(self._close, slots), caller)
             counts = torch.tensor([len(text) - skip for text in group], device=self.device)
             means.append(total / counts[:, None])
         return torch.cat(means)
@@ -247,16 +260,20 @@ class Runner:
             self._loop()
 
     def _load(self) -> None:
-        causal_lm = decoder.load(self.weights.path, self.device, self._dtype)
-        config, head = causal_lm.config, causal_lm.get_output_embeddings()
-        self._windows = _windows(self.weights, config)
-        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.longest: int = config.max_position_embeddings
+        model = decoder.load(self.weights.path, self.device, self._dtype)
+        kernels = DecodingKernels.find(self.device, self._dtype, self.weights.path.parent.parent / "kernels")
+        if kernels and isinstance(model, decoder.CausalLM) and PackedNetwork.fits(model, kernels):
+            self._network: Network = PackedNetwork(model, kernels, self._kv_bytes, CHUNK)
+        else:
+            self._network = ModuleNetwork(model, self.weights, self.device, self._dtype)
+        self.longest = self._network.longest
         """Tokens that the model can hold, prompt and answer together."""
-        self.linears = adapt(causal_lm, head, self._mix)
+        self.linears = self._network.linears
         """Path of each linear layer that an adapter may change, with its numbers of inputs and outputs."""
-        self._head = linear(head.weight, head.bias)
-        self._body: nn.Module = causal_lm.base_model
+
+    def prepare(self, adapter: Adapter) -> None:
+        """Bring an adapter into the layout that passes read, on the caller's thread."""
+        self._network.prepare(adapter)
 
     def _loop(self) -> None:
         try:
@@ -279,17 +296,16 @@ class Runner:
         """Wait for something to do; False when there will be nothing more."""
         with self._wake:
             if not self._running and not self._prefilling:
-                self._mix.clear()
                 self._wake.wait_for(lambda: self._waiting or self._tasks or self._closing)
             return not self._closing
 
     def _end_all_under_way(self, error: ApiError) -> None:
-        """End what has left the queue; its keys and values may be in any state."""
+        """End what has left the queue."""
         for request in [*self._running, *(one for prefill in self._prefilling for one in prefill.requests)]:
             request.end(error)
+            self._close([request.slot])
         self._prefilling.clear()
         self._running.clear()
-        self._cache = KVCache(0, self.device)
 
     def _step(self) -> None:
         self._drop_ended()
@@ -308,6 +324,9 @@ class Runner:
             result, compute = self._tasks.take(turn[0])
         try:
             result.set_result(compute())
+        except _NoRoom:
+            with self._wake:
+                self._tasks.add(turn[0], [(result, compute)])  # those that run make room when they end
         except Exception as error:
             logger.exception("A task of %s failed.", self.weights.model.id)
             failed = _failed()
@@ -318,16 +337,16 @@ class Runner:
         """Take out the requests that have ended, and those that nobody waits for."""
         with self._wake:
             self._waiting.keep(lambda request: not request.leave())
-        self._prefilling = deque(
-            prefill for prefill in self._prefilling if not all(request.leave() for request in prefill.requests)
-        )
-        for row in reversed(range(len(self._running))):
-            if self._running[row].leave():
-                self._running[row] = self._running[-1]
-                self._running.pop()
-                self._cache.remove(row)
-        if not self._running:
-            self._cache = KVCache(0, self.device)
+        gone = [prefill for prefill in self._prefilling if self._all_leave(prefill)]
+        for prefill in gone:
+            self._prefilling.remove(prefill)
+            self._close([request.slot for request in prefill.requests])
+        self._close([request.slot for request in self._running if request.leave()])
+        self._running = [request for request in self._running if not request.ended]
+
+    def _all_leave(self, prefill: _Prefill) -> bool:
+        """Return whether all have left; each is asked, so that its reader hears of it."""
+        return len([request for request in prefill.requests if request.leave()]) == len(prefill.requests)
 
     def _admit(self) -> None:
         """Take from those that wait, into one prefill, what fits the batch and one pass."""
@@ -341,10 +360,14 @@ class Runner:
                 longest = max(longest, len(request.prompt))
                 if admitted and longest * (len(admitted) + 1) > CHUNK:
                     break
+                most = min(len(request.prompt) + request.max_output_tokens, self.longest)
+                request.slot = self._network.open(most)
+                if request.slot is None:
+                    break  # those that run make room when they end
                 admitted.append(self._waiting.take(caller))
                 held[caller] += 1
         if admitted:
-            self._prefilling.append(_Prefill(admitted, KVCache(len(admitted), self.device)))
+            self._prefilling.append(_Prefill(admitted))
 
     def _prefill(self) -> None:
         """Compute the next chunk of the prefill whose turn it is."""
@@ -357,103 +380,98 @@ class Runner:
             logger.exception("A prefill of %s failed.", self.weights.model.id)
             for request in prefill.requests:
                 request.end(_failed())
+            self._close([request.slot for request in prefill.requests])
             return
         if tokens is None:
             self._prefilling.append(prefill)  # the others take their turns before its next chunk
             return
         self._running += prefill.requests
-        self._cache.append(prefill.cache)
         self._hand_out(prefill.requests, tokens)
 
-    def _prefill_chunk(self, prefill: _Prefill) -> list[int] | None:
+    def _prefill_chunk(self, prefill: _Prefill) -> list[Chosen] | None:
         """Compute a chunk; return the answers' first tokens when the prompts are whole."""
         start = prefill.done
-        chunks = [request.prompt[start : start + CHUNK] for request in prefill.requests]
-        lengths = [len(chunk) for chunk in chunks]
-        width = max(lengths)
-        tokens = torch.tensor([[*chunk, *[0] * (width - len(chunk))] for chunk in chunks], device=self.device)
-        hidden = self._forward(prefill.cache, tokens, [request.adapter for request in prefill.requests])
-        prefill.cache.advance(lengths)
+        hidden = self._network.forward(
+            [
+                Piece(request.slot, request.prompt[start : start + CHUNK], request.adapter)
+                for request in prefill.requests
+            ]
+        )
         if prefill.done < len(prefill.requests[0].prompt):
             return None
-        last = hidden[torch.arange(len(chunks)), torch.tensor(lengths) - 1]
-        return choose(self._scores(last), [request.sampler for request in prefill.requests])
+        return self._choose(hidden, prefill.requests)
 
     def _decode(self) -> None:
         """Compute one more token of every running request."""
         if not self._running:
             return
-        tokens = torch.tensor([[request.tokens[-1]] for request in self._running], device=self.device)
-        hidden = self._forward(self._cache, tokens, [request.adapter for request in self._running])
-        self._cache.advance([1] * len(self._running))
-        chosen = choose(self._scores(hidden[:, 0]), [request.sampler for request in self._running])
-        self._hand_out(self._running, chosen)
-
-    def _hand_out(self, requests: Sequence[Request], tokens: Sequence[int]) -> None:
-        for request, token in zip(requests, tokens, strict=True):
-            request.take(token, self.longest)
-
-    def _forward(self, cache: KVCache, tokens: torch.Tensor, adapters: Sequence[Adapter | None]) -> torch.Tensor:
-        """Run the model's body over new tokens of each row.
-
-        Args:
-            cache: What the rows have seen; takes the new tokens in, which `advance` then counts.
-            tokens: Ids [rows, width].
-            adapters: Each row's.
-
-        Returns:
-            The last hidden states, [rows, width, size].
-        """
-        self._mix.select(adapters)
-        positions = cache.begin(tokens.shape[1])
-        masks = {
-            kind: causal_mask(positions, cache.end, window, self._dtype) for kind, window in self._windows.items()
-        }
-        output = self._body(
-            input_ids=tokens,
-            # Models whose layers differ take a mask for each kind of layer, the others one mask.
-            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
+        hidden = self._network.forward(
+            [Piece(request.slot, request.tokens[-1:], request.adapter) for request in self._running]
         )
-        hidden: torch.Tensor = output.last_hidden_state
-        return hidden
+        self._hand_out(self._running, self._choose(hidden, self._running))
 
-    def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the scores of all tokens, float32 [rows, vocabulary], for hidden states [rows, size].
+    def _choose(self, hidden: torch.Tensor, requests: Sequence[Request]) -> list[Chosen]:
+        """Choose the next token of each request."""
+        samplers = [request.sampler for request in requests]
+        counts = [sampler.largest for sampler in samplers]
+        if 0 in counts:
+            return choose(self._network.scores(hidden), samplers)
+        scores, best = self._network.likeliest(hidden, counts)
+        if all(sampler.greedy for sampler in samplers):
+            return [Chosen(token) for token in best]
+        return choose(scores, samplers)
 
-        The head is applied here and not by the model: its product of a three-dimensional, non-contiguous
-        bfloat16 input takes forty times as long.
+    def _hand_out(self, requests: Sequence[Request], choices: Sequence[Chosen]) -> None:
+        for request, chosen in zip(requests, choices, strict=True):
+            request.take(chosen, self.longest)
+
+    def _open(self, lengths: Sequence[int]) -> list[Any]:
+        """Return a slot for each of some texts.
+
+        Raises:
+            _NoRoom: Others hold the memory.
         """
-        scores = self._head(hidden.contiguous()).float()
-        return scores if self._softcap is None else torch.tanh(scores / self._softcap) * self._softcap
+        slots: list[Any] = []
+        for length in lengths:
+            slots.append(self._network.open(length))
+            if slots[-1] is None:
+                self._close(slots[:-1])
+                raise _NoRoom
+        return slots
 
-    def _summed(self, cache: KVCache, chunks: Sequence[Sequence[int]], skip: int) -> torch.Tensor:
+    def _close(self, slots: Iterable[Any]) -> None:
+        for slot in slots:
+            self._network.close(slot)
+
+    def _summed(self, slots: Sequence[Any], chunks: Sequence[Sequence[int]], skip: int) -> torch.Tensor:
         """Return the sum of each row's last hidden states for new tokens, the first `skip` left out."""
-        lengths = [len(chunk) for chunk in chunks]
-        width = max(lengths)
-        tokens = torch.tensor([[*chunk, *[0] * (width - len(chunk))] for chunk in chunks], device=self.device)
-        hidden = self._forward(cache, tokens, [None] * len(chunks)).float()
-        cache.advance(lengths)
-        places = torch.arange(width, device=self.device)
-        counted = (places >= skip) & (places < torch.tensor(lengths, device=self.device)[:, None])
-        return (hidden * counted[:, :, None]).sum(1)
+        pieces = [Piece(slot, chunk, None, len(chunk)) for slot, chunk in zip(slots, chunks, strict=True) if chunk]
+        hidden = self._network.forward(pieces).float()
+        parts = iter(torch.split(hidden, [len(piece.tokens) for piece in pieces]))
+        zero = torch.zeros((), device=self.device)
+        return torch.stack([next(parts)[skip:].sum(0) if chunk else zero for chunk in chunks])
 
     def _logprob(self, tokens: Sequence[int], prompt_length: int, adapter: Adapter | None) -> float:
-        cache, hidden = KVCache(1, self.device), []
-        for start in range(0, len(tokens) - 1, CHUNK):
-            chunk = tokens[start : min(start + CHUNK, len(tokens) - 1)]
-            hidden.append(self._forward(cache, torch.tensor([chunk], device=self.device), [adapter])[0])
-            cache.advance([len(chunk)])
+        (slot,) = self._open([len(tokens)])
+        try:
+            hidden = []
+            for start in range(0, len(tokens) - 1, CHUNK):
+                chunk = tokens[start : min(start + CHUNK, len(tokens) - 1)]
+                hidden.append(self._network.forward([Piece(slot, chunk, adapter, len(chunk))]))
+        finally:
+            self._close([slot])
         total = 0.0
         answer = torch.tensor(tokens[prompt_length:], device=self.device)
         before_answer = torch.cat(hidden)[prompt_length - 1 :]
         for start in range(0, len(answer), SCORED_AT_ONCE):
-            scores = self._scores(before_answer[start : start + SCORED_AT_ONCE])
+            scores = self._network.scores(before_answer[start : start + SCORED_AT_ONCE])
             targets = answer[start : start + SCORED_AT_ONCE]
             total -= float(functional.cross_entropy(scores, targets, reduction="sum"))
         return total / len(answer)
+
+
+class _NoRoom(Exception):
+    """All memory for keys and values is held by requests that are under way."""
 
 
 def _groups(texts: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
@@ -466,17 +484,6 @@ def _groups(texts: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]
         group.append(text)
     if group:
         yield group
-
-
-def _windows(weights: Weights, config: Any) -> dict[str, int | None]:
-    """Return the kinds of a model's layers, each with how many tokens its attention looks back."""
-    window: int | None = getattr(config, "sliding_window", None)
-    kinds = dict.fromkeys(getattr(config, "layer_types", None) or [])
-    if not kinds:
-        return {"all": window}
-    if unknown := kinds.keys() - {"full_attention", "sliding_attention"}:
-        raise FailedPrecondition(f"models/{weights.model.id} has {min(unknown)} layers, which are not served.")
-    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
 
 
 def _failed() -> Internal:

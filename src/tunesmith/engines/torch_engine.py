@@ -18,10 +18,11 @@ from tunesmith.base_models.device import compute_dtype, pick_device
 from tunesmith.base_models.prompts import FORMATS, PromptFormat, Turn
 from tunesmith.base_models.weights import Weights
 from tunesmith.engines.adapter_cache import AdapterCache
-from tunesmith.engines.base import Chunk, Sampling
+from tunesmith.engines.base import Chunk, Place, Sampling, TokenLogprob
+from tunesmith.engines.constraint import Constraints
 from tunesmith.engines.runner import Ended, Events, Request, Runner, closing
-from tunesmith.engines.sampling import Sampler
-from tunesmith.engines.text_stream import TextStream
+from tunesmith.engines.sampling import Chosen, Sampler
+from tunesmith.engines.text_stream import UNFINISHED, TextStream
 from tunesmith.errors import ApiError, Cancelled, Internal, InvalidArgument
 from tunesmith.store.artifacts import ArtifactStore
 
@@ -54,6 +55,7 @@ class TorchEngine:
         self._device = pick_device(device)
         self._max_batch = max_batch
         self._adapters = AdapterCache(artifacts, loaded_adapters)
+        self._constraints = Constraints()
         self._lock = threading.Lock()
         self._loading: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         """By model id: of two first requests one loads and the other waits; other models' do not."""
@@ -86,15 +88,16 @@ class TorchEngine:
             tokenizer = self._tokenizer(runner.weights)
             prompt = _checked(prompt_format.prompt(tokenizer, turns), model, runner)
             stop_tokens, most = prompt_format.stop_tokens(tokenizer), sampling.max_output_tokens
+            samplers = self._samplers(sampling, prompt_format, runner.weights, stop_tokens)
             events: Events = SimpleQueue()
             requests = [
                 Request(prompt, loaded, sampler, most, stop_tokens, gone, events, index, caller)
-                for index, sampler in enumerate(_samplers(sampling))
+                for index, sampler in enumerate(samplers)
             ]
-            texts = [TextStream(tokenizer, prompt_format.answer, sampling.stop_sequences) for _ in requests]
+            answers = [_Answer(tokenizer, prompt_format.answer, sampling) for _ in requests]
             try:
                 runner.submit(*requests)
-                yield from _chunks(requests, texts)
+                yield from _chunks(requests, answers)
             finally:
                 for request in requests:
                     request.abandoned = True
@@ -154,6 +157,20 @@ class TorchEngine:
                 self._tokenizers[model_id] = model_weights.tokenizer()
             return self._tokenizers[model_id]
 
+    def _samplers(
+        self, sampling: Sampling, prompt_format: PromptFormat, model_weights: Weights, stop_tokens: frozenset[int]
+    ) -> list[Sampler]:
+        """Return a sampler a candidate."""
+        samplers = []
+        for index in range(sampling.candidates):
+            seed = None if sampling.seed is None else sampling.seed + index
+            constraint, matcher = sampling.constraint, None
+            if constraint is not None:
+                tokenizer = model_weights.path / "tokenizer.json"
+                matcher = self._constraints.matcher(constraint, prompt_format.answer, tokenizer, stop_tokens)
+            samplers.append(Sampler(replace(sampling, seed=seed), matcher))
+        return samplers
+
     def _format(self, model: BaseModel, adapter: str | None) -> PromptFormat:
         if adapter is None:
             return FORMATS[model.untuned_prompt_format]
@@ -172,16 +189,45 @@ def _checked(prompt: list[int], model: BaseModel, runner: Runner) -> list[int]:
     return prompt
 
 
-def _samplers(sampling: Sampling) -> Iterator[Sampler]:
-    """Yield a sampler a candidate."""
-    for index in range(sampling.candidates):
-        seed = None if sampling.seed is None else sampling.seed + index
-        yield Sampler(replace(sampling, seed=seed))
+class _Answer:
+    """What has become of one candidate.
+
+    Args:
+        tokenizer: The model's.
+        opening: Text that opens an answer and is not part of it.
+        sampling: How its tokens are chosen.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, opening: str, sampling: Sampling) -> None:
+        self.text = TextStream(tokenizer, opening, sampling.stop_sequences)
+        self.tokens = 0
+        self._tokenizer = tokenizer
+        self._told = sampling.logprobs is not None
+        self._places: list[Place] = []
+
+    def push(self, chosen: Chosen) -> str:
+        """Take a token and return the text that has become certain."""
+        self.tokens += 1
+        if self._told:
+            top = tuple(self._named(token, logprob) for token, logprob in chosen.top)
+            self._places.append(Place(self._named(chosen.token, chosen.logprob), top))
+        return self.text.push(chosen.token)
+
+    def chunk(self, text: str, prompt_tokens: int, index: int, finish_reason: int = 0) -> Chunk:
+        """Return a chunk with the text and the tokens since the one before."""
+        places, self._places = tuple(self._places), []
+        return Chunk(text, prompt_tokens, self.tokens, finish_reason, index, places)
+
+    def _named(self, token: int, logprob: float) -> TokenLogprob:
+        text = self._tokenizer.decode([token], skip_special_tokens=False)
+        if UNFINISHED in text:  # part of a character
+            text = self._tokenizer.id_to_token(token) or ""
+        return TokenLogprob(token, text, logprob)
 
 
-def _chunks(requests: Sequence[Request], texts: Sequence[TextStream]) -> Iterator[Chunk]:
+def _chunks(requests: Sequence[Request], answers: Sequence[_Answer]) -> Iterator[Chunk]:
     """Turn the events of one answer's candidates, which share a queue, into chunks."""
-    length, counts, left = len(requests[0].prompt), [0] * len(requests), set(range(len(requests)))
+    length, left = len(requests[0].prompt), set(range(len(requests)))
     while left:
         index, event = requests[0].events.get()
         if requests[0].gone.is_set():
@@ -190,17 +236,15 @@ def _chunks(requests: Sequence[Request], texts: Sequence[TextStream]) -> Iterato
             continue  # a stop sequence ended it before the runner noticed
         if isinstance(event, ApiError):
             raise event
-        text = texts[index]
+        answer = answers[index]
+        reason = 0
         if isinstance(event, Ended):
+            certain, reason = answer.text.flush(), event.finish_reason
+        else:
+            certain = answer.push(event)
+        if answer.text.stopped:
+            requests[index].abandoned, reason = True, protos.Candidate.STOP
+        if reason:
             left.remove(index)
-            yield Chunk(text.flush(), length, counts[index], event.finish_reason, index)
-            continue
-        certain = text.push(event)
-        if text.stopped:
-            left.remove(index)
-            requests[index].abandoned = True
-            yield Chunk(certain, length, counts[index], protos.Candidate.STOP, index)
-            continue
-        counts[index] += 1
-        if certain:
-            yield Chunk(certain, length, counts[index], index=index)
+        if certain or reason:
+            yield answer.chunk(certain, length, index, reason)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from tunesmith.jobs.queue import JobQueue
+from tunesmith.jobs.queue import RENEWALS, JobQueue
 from tunesmith.store.database import DatabaseUnavailable
 
 FIRST_BACKOFF = 0.5  # seconds before a worker that died is started again
@@ -27,6 +27,9 @@ class LocalLauncher:
 
     A worker holds the reading end of a pipe that only this process writes to: however this process ends, the
     worker sees the pipe close, puts its job back and ends too.
+
+    A worker that is stopped (SIGSTOP) keeps what it holds: its job, and all others' way into a SQLite file when it
+    is in a transaction. One that stays so for as long as leases last is killed, and another one is started.
 
     Args:
         workers: How many.
@@ -78,6 +81,8 @@ class LocalLauncher:
                 self._processes[number] = process
                 if self._stopping.is_set():
                     process.terminate()
+                with suppress(ChildProcessError):  # the thread that stops all has seen its end
+                    self._watch(process, name)
                 code = process.wait()
             del self._processes[number]
             progress = False
@@ -89,6 +94,32 @@ class LocalLauncher:
             lived = time.monotonic() - started
             again = progress or lived > LONGEST_BACKOFF
             backoff = FIRST_BACKOFF if again else min(backoff * 2, LONGEST_BACKOFF)
+
+    def _watch(self, process: subprocess.Popen[bytes], name: str) -> None:
+        """Return when a worker has ended; end one that is stopped for too long, or while all stops."""
+        if not hasattr(os, "waitid"):  # macOS, before Python 3.13
+            return
+        while _is_stopped(process):
+            # Counted in parts: as long as this process is stopped with it, only one of them passes.
+            for _ in range(RENEWALS):
+                self._stopping.wait(self._queue.lease_seconds / RENEWALS)
+                if not _is_stopped(process, os.WNOHANG):
+                    break
+            else:
+                logger.warning("worker %s is stopped and answers nobody; killing it", name)
+                process.kill()
+                process.wait()
+                return
+
+
+def _is_stopped(process: subprocess.Popen[bytes], options: int = 0) -> bool:
+    """Wait until a child is stopped or has ended; return whether it is stopped, and leave its end to be seen.
+
+    Raises:
+        ChildProcessError: Its end was seen already.
+    """
+    found = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT | options)
+    return found is not None and found.si_code == os.CLD_STOPPED
 
 
 def _how(code: int) -> str:

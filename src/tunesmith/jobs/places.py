@@ -95,7 +95,8 @@ def _running(session: Session, job: Job) -> _Running:
 
 def _left(last: protos.TuningEvent) -> float:
     """Return the seconds that a job is likely to take after its last step, as of now."""
-    return max(0.0, last.step.eta_seconds - (time.time_ns() - last.time.ToNanoseconds()) / 1e9)
+    since = max(0.0, (time.time_ns() - last.time.ToNanoseconds()) / 1e9)  # the clock may have been set back
+    return max(0.0, last.step.eta_seconds - since)
 
 
 def _in_turns(session: Session, running: Counter[str]) -> Iterator[_Waiting]:

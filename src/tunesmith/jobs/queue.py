@@ -123,7 +123,7 @@ def _patiently(
             except DatabaseUnavailable as error:
                 if self.stopping.is_set():
                     raise
-                logger.warning("%s Waiting for it to %s.", error.message.partition(". ")[0], method.__name__)
+                logger.warning("%s. Waiting for it to %s.", error.message.partition(". ")[0], method.__name__)
             self.stopping.wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 

@@ -121,7 +121,7 @@ def _timings(
         interruptions=job.attempt - last_goes_on_or_ended_it,
     )
     for event in told:
-        since = event.time.ToNanoseconds() / 1e9 - job.create_time
+        since = max(0.0, event.time.ToNanoseconds() / 1e9 - job.create_time)  # the clock may have been set back
         if event.HasField("started") and event.started.attempt == 1:
             timings.queued_seconds = since
         if event.HasField("finished"):

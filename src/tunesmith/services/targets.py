@@ -9,7 +9,7 @@ from tunesmith.base_models.catalog import BaseModel, Catalog
 from tunesmith.base_models.prompts import Turn
 from tunesmith.caller import Caller
 from tunesmith.engines.base import Sampling
-from tunesmith.errors import InvalidArgument, NotFound, Unimplemented
+from tunesmith.errors import InvalidArgument, NotFound
 from tunesmith.services import access, lineage
 from tunesmith.store.database import Database
 
@@ -74,8 +74,7 @@ def conversation(
     """Return the turns of a request; contents of one role in a row are one turn, and the instruction is first.
 
     Raises:
-        InvalidArgument: There are none, a role is unknown, or the text is too long.
-        Unimplemented: A part is no text.
+        InvalidArgument: There are none, a role is unknown, the text is too long, or a part is no text.
     """
     if not contents:
         raise InvalidArgument.at([(path, "contents is not specified")])
@@ -115,12 +114,11 @@ def text_of(content: protos.Content, path: str) -> str:
     """Return the text of a content's parts.
 
     Raises:
-        Unimplemented: A part is no text.
+        InvalidArgument: A part is no text.
     """
     for number, part in enumerate(content.parts):
         if (kind := part.WhichOneof("data")) not in (None, "text"):
-            where = f"{path}.parts[{number}]"
-            raise Unimplemented(f"{where}: {kind} is not implemented by this server; text is.")
+            raise InvalidArgument.at([(f"{path}.parts[{number}].{kind}", "these models take text only")])
     return "".join(part.text for part in content.parts)
 
 

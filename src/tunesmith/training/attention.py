@@ -5,8 +5,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from tunesmith.kernels.passes import CompiledKernels, Kernels
 from tunesmith.training.batches import Batch
-from tunesmith.training.kernels import CompiledKernels, Kernels
 
 
 class Heads(NamedTuple):

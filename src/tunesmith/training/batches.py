@@ -8,8 +8,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from tunesmith.kernels.passes import ShortRows
 from tunesmith.training.examples import Row
-from tunesmith.training.kernels import ShortRows
 
 FEW_TOKENS, STEP_OF_FEW, STEP_OF_MANY, STEP_OF_TARGETS = 128, 16, 32, 16
 """A batch is filled up to multiples of these: matrix units take 16 rows at a time, and a number of tokens that was

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from tunesmith.base_models.decoder import Layer, Turns
+from tunesmith.kernels.passes import Kernels
 from tunesmith.training.attention import Attention, Heads
-from tunesmith.training.kernels import Kernels
 from tunesmith.training.projection import Frozen, Projection
 
 GROUPS = (

@@ -20,7 +20,8 @@ from tunesmith.base_models import decoder
 from tunesmith.base_models.device import compute_dtype
 from tunesmith.base_models.weights import Weights
 from tunesmith.errors import FailedPrecondition
-from tunesmith.training import hyperparameters, kernels, memory
+from tunesmith.kernels import passes
+from tunesmith.training import hyperparameters, memory
 from tunesmith.training.adam import Adam
 from tunesmith.training.batches import collate, micro_batches
 from tunesmith.training.examples import Row, order
@@ -120,7 +121,7 @@ class Base:
         """Load a base model from the cache."""
         dtype = compute_dtype(device)
         load = partial(decoder.load, weights.path, device, dtype)
-        fastest = kernels.find(device, dtype, weights.path.parent.parent / "kernels")
+        fastest = passes.find(device, dtype, weights.path.parent.parent / "kernels")
         return cls(weights, freeze(load, fastest), weights.tokenizer(), device)
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tunesmith.training.kernels import Kernels
+from tunesmith.kernels.passes import Kernels
 from tunesmith.training.projection import product
 
 CHUNK = 128

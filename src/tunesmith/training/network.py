@@ -11,10 +11,10 @@ from torch.autograd.function import once_differentiable
 from tunesmith.base_models.decoder import SLIDING, CausalLM
 from tunesmith.engines.linear import packs
 from tunesmith.errors import FailedPrecondition
+from tunesmith.kernels.passes import Kernels, TorchKernels
 from tunesmith.training.attention import attention
 from tunesmith.training.batches import Batch
 from tunesmith.training.block import GROUPS, Block, Context, FrozenBlock, Kept
-from tunesmith.training.kernels import Kernels, TorchKernels
 from tunesmith.training.lora import Adapter
 from tunesmith.training.loss import OutputHead
 from tunesmith.training.projection import Frozen, PackedPairs, Projection

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.engines.linear import Linear, linear
-from tunesmith.training.kernels import Kernels, MatrixUnitKernels, Share
+from tunesmith.kernels.passes import Kernels, MatrixUnitKernels, Share
+from tunesmith.kernels.products import Mix, Pair
 from tunesmith.training.lora import LoraStack
 
 
@@ -94,7 +95,9 @@ class Projection:
         if pairs is not None:
             a, b = pairs.forward
             b_back, a_back = pairs.backward
-            self._forward, self._backward = (a[block], b[block]), (b_back[block], a_back[block])
+            self._forward = Mix([Pair(a[block], b[block])], pairs.ranks)
+            self._backward = Mix([Pair(b_back[block], a_back[block])], pairs.ranks)
+            self._b_back = b_back[block]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the product, and A x, which `backward` takes.
@@ -104,7 +107,8 @@ class Projection:
         """
         frozen, pairs = self._frozen, self._pairs
         if frozen.unit is not None and pairs is not None:
-            return frozen.unit.product(x, frozen.packed[0], frozen.shape[0], self._forward, pairs.ranks)
+            y, (low,) = frozen.unit.product(x, frozen.packed[0], frozen.shape[0], self._forward)
+            return y, low
         low = x @ self._a.T
         return frozen.forward(x).addmm_(low, self._b.T), low
 
@@ -118,8 +122,8 @@ class Projection:
         """
         frozen, pairs = self._frozen, self._pairs
         if frozen.unit is not None and pairs is not None:
-            of_x, low_gradient = frozen.unit.product(
-                gradient, frozen.packed[1], frozen.shape[1], self._backward, pairs.ranks
+            of_x, (low_gradient,) = frozen.unit.product(
+                gradient, frozen.packed[1], frozen.shape[1], self._backward
             )
         else:
             low_gradient = gradient @ self._b
@@ -130,7 +134,7 @@ class Projection:
     def learn(self, gradient: Tensor, x: Tensor, low: Tensor) -> None:
         """Add to the adapter's gradient alone."""
         if self._frozen.unit is not None and self._pairs is not None:
-            low_gradient = self._frozen.unit.product_alone(gradient, self._backward[0], self._pairs.ranks)
+            low_gradient = self._frozen.unit.product_alone(gradient, self._b_back, self._pairs.ranks)
         else:
             low_gradient = gradient @ self._b
         self._add(Share(x, gradient, low, low_gradient))

@@ -1,38 +1,20 @@
 """The small operations of a training step: in torch, or compiled for this CPU where there is a C compiler.
 
 Products of matrices are torch's own either way. What lies between them is bound by memory and by the number of
-operations: `kernels.c` passes over each row once where torch takes ten operations.
+operations: `passes.c` passes over each row once where torch takes ten operations.
 """
 
-import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from tunesmith.base_models.decoder import Turns, normalise, turn
-
-COMPILE_SECONDS = 60.0
-_FLAGS = ["-O3", "-march=native", "-fPIC", "-shared"]
-_FLAGS += [f"-f{flag}" for flag in ("no-math-errno", "no-trapping-math", "no-signed-zeros", "reciprocal-math")]
-_FLAGS += ["-fassociative-math"]
-"""Not -ffast-math: a library linked with it makes the whole process take small numbers for 0."""
-TILE = 512
-"""bfloat16 numbers of one tile of the matrix unit."""
-_MORE_FLAGS: Sequence[list[str]] = (["-fopenmp", "-mprefer-vector-width=512"], ["-fopenmp"], [])
-"""What not every compiler knows; without -fopenmp the kernels run on one thread."""
-
-logger = logging.getLogger(__name__)
+from tunesmith.kernels.library import Compiled, library
+from tunesmith.kernels.products import TILE, MatrixUnit, rows_of
 
 
 class ShortRows(NamedTuple):
@@ -231,15 +213,12 @@ def _activated(kind: str, gate: Tensor) -> Tensor:
     return functional.silu(gate) if kind == "silu" else functional.gelu(gate, approximate="tanh")
 
 
-class CompiledKernels:
-    """The same for bfloat16 on a CPU, compiled from kernels.c."""
+class CompiledKernels(Compiled):
+    """The same for bfloat16 on a CPU, compiled from passes.c."""
 
     name = "compiled"
     most_attended = 64
     """Rows of up to so many tokens are attended to here; for longer ones torch's products are faster."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
 
     def norm(self, x: Tensor, factor: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """See `Kernels`."""
@@ -341,58 +320,12 @@ class CompiledKernels:
         self._call("softmax", *logits.shape, logits, targets, powers, sums, losses)
         return losses, powers, sums
 
-    def _call(self, name: str, *arguments: Any) -> None:
-        """Call a function; sizes are ptrdiff_t, other numbers float, tensors their addresses."""
-        getattr(self._library, name)(
-            *[_address(value) if isinstance(value, Tensor) else value for value in arguments]
-        )
 
-
-class MatrixUnitKernels(CompiledKernels):
-    """The same on a CPU with Intel's matrix unit, and products with frozen matrices besides."""
+class MatrixUnitKernels(MatrixUnit, CompiledKernels):
+    """The same on a CPU with Intel's matrix unit, and its products besides."""
 
     name = "compiled, for the matrix unit"
     most_attended = 512
-
-    def fits(self, shape: Sequence[int]) -> bool:
-        """Return whether the products below take matrices of a shape, either way round."""
-        return all(side % 32 == 0 for side in shape)
-
-    def pack(self, weight: Tensor, packed: Tensor | None = None, shape: Sequence[int] | None = None) -> Tensor:
-        """Return matrices, (count, out, in) or one of them, as `product` takes them.
-
-        Args:
-            weight: bfloat16, of any strides.
-            packed: What was made for earlier ones, to be overwritten.
-            shape: What out and in are filled up to with 0: multiples of 16 and 32.
-        """
-        *count, out, width = weight.shape
-        all_out, all_in = shape or (out, width)
-        if packed is None:
-            packed = weight.new_empty((*count, all_out * all_in))
-            self._library.spread(packed.data_ptr(), packed.nbytes)
-        matrices, step = (count[0], weight.stride(0)) if count else (1, 0)
-        sizes = matrices, step, out, width, all_out, all_in, weight.stride(-2), weight.stride(-1)
-        self._library.pack(*sizes, weight.data_ptr(), packed.data_ptr())
-        return packed
-
-    def product(
-        self, x: Tensor, weight: Tensor, out: int, pair: tuple[Tensor, Tensor], ranks: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return `x W^T + (x A^T) B^T` and `x A^T`.
-
-        Args:
-            x: (rows, in); rows are a multiple of 16.
-            weight: W, packed.
-            out: Its outputs.
-            pair: A and B, packed.
-            ranks: A's outputs.
-        """
-        rows, width = _rows(x)
-        y, low = x.new_empty((rows, out)), x.new_empty((rows, ranks))
-        sizes = rows, out, width, ranks
-        self._call("product", *sizes, x, weight, *pair, low, y, self._scratch(x, sizes))
-        return y, low
 
     def adapt(self, share: Share, outs: Tensor, rank: int, scale: float, a: Tensor, b: Tensor) -> None:
         """Add a layer's share to the gradients of its adapters.
@@ -406,17 +339,10 @@ class MatrixUnitKernels(CompiledKernels):
             b: Gradients of all B, (outputs, rank), float32.
         """
         x, gradient, low, low_gradient = share
-        (rows, width), out, ranks = _rows(x), gradient.shape[1], low.shape[1]
+        (rows, width), out, ranks = rows_of(x), gradient.shape[1], low.shape[1]
         scratch = x.new_empty(2 * ranks * (rows + 31))
         sizes = rows, width, out, ranks, rank, outs.shape[0]
         self._call("adapt", *sizes, outs, scale, x, gradient, low, low_gradient, scratch, a, b)
-
-    def product_alone(self, x: Tensor, weight: Tensor, out: int) -> Tensor:
-        """Return `x W^T`; see `product`."""
-        rows, width = _rows(x)
-        y, sizes = x.new_empty((rows, out)), (rows, out, width, 0)
-        self._call("product", *sizes, x, weight, None, None, None, y, self._scratch(x, sizes))
-        return y
 
     def attend(
         self, turned: Tensor, heads: Tensor, queries: int, scale: float, rows: ShortRows
@@ -448,55 +374,10 @@ class MatrixUnitKernels(CompiledKernels):
         self._call("attend_back_tiles", *shape, *places, *given, scratch, *gradients)
         return gradients  # type: ignore[return-value]
 
-    def _scratch(self, x: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
-        return x.new_empty(self._library.product_scratch(*sizes))
-
 
 def _before(counts: Tensor) -> tuple[Tensor, int]:
     """Return the sums of the counts before each, and of all."""
     return counts.cumsum(0) - counts, int(counts.sum())
-
-
-def _rows(x: Tensor) -> tuple[int, int]:
-    """Return a matrix's rows, which the matrix unit takes 16 at a time, and its width."""
-    rows, width = x.shape
-    if rows % 16:
-        raise ValueError(f"the matrix unit takes 16 rows at a time, not {rows}")
-    return rows, width
-
-
-def _address(tensor: Tensor) -> int:
-    if not tensor.is_contiguous():
-        raise ValueError("a kernel takes contiguous tensors")
-    return tensor.data_ptr()
-
-
-_SIGNATURES = {
-    "norm": "sspp fpp",
-    "add_norm": "ssppp fpp",
-    "norm_back": "ss ppppp",
-    "norm_back_add": "ss ppppp",
-    "turn": "ssss pppp f pp",
-    "turn_back": "ssss ppp s pppppp",
-    "gate": "sss pp",
-    "gate_back": "sss ppp",
-    "attend": "ssss ppppp f pp",
-    "attend_back": "ssss ppppp f ppppp",
-    "softmax": "ss ppppp",
-    "pack": "ssssssss pp",
-    "product": "ssss ppppppp",
-    "product_scratch": "ssss",
-    "attend_tiles": "ssss ppppp f pp",
-    "attend_back_tiles": "ssss pppppp f pppppp",
-    "attend_scratch": "ssss",
-    "spread": "p s",
-    "adapt": "ssssss p f ppppp pp",
-    "has_matrix_unit": "",
-}
-"""The functions' arguments: s for a size, f for a float, p for an address."""
-_COUNTING = ("has_matrix_unit", "product_scratch", "attend_scratch")
-"""The functions that return a number."""
-_TYPES = {"s": ctypes.c_ssize_t, "f": ctypes.c_float, "p": ctypes.c_void_p}
 
 
 def find(device: torch.device, dtype: torch.dtype, cache: Path) -> Kernels:
@@ -507,53 +388,6 @@ def find(device: torch.device, dtype: torch.dtype, cache: Path) -> Kernels:
         dtype: The base's precision.
         cache: Directory of compiled libraries.
     """
-    if device.type == "cpu" and dtype == torch.bfloat16 and (library := _library(cache)):
-        return MatrixUnitKernels(library) if library.has_matrix_unit() else CompiledKernels(library)
+    if device.type == "cpu" and dtype == torch.bfloat16 and (compiled := library(cache)):
+        return MatrixUnitKernels(compiled) if compiled.has_matrix_unit() else CompiledKernels(compiled)
     return TorchKernels()
-
-
-def _library(cache: Path) -> ctypes.CDLL | None:
-    """Compile kernels.c, or find what was compiled; None where there is no compiler that can."""
-    source = Path(__file__).with_name("kernels.c")
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        logger.info("no C compiler: training runs some of its operations in torch, which is slower")
-        return None
-    about = hashlib.sha256(source.read_bytes() + repr((compiler, _FLAGS, _MORE_FLAGS, _cpu())).encode())
-    made = cache / f"kernels-{about.hexdigest()[:16]}.so"
-    if not made.exists() and not _compile(compiler, source, made):
-        return None
-    library = ctypes.CDLL(str(made))
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(library, name, None)
-        if function is not None:  # products only where there is a matrix unit
-            function.argtypes = [_TYPES[letter] for letter in arguments if letter != " "]
-            function.restype = ctypes.c_ssize_t if name in _COUNTING else None
-    return library
-
-
-def _cpu() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def _compile(compiler: str, source: Path, made: Path) -> bool:
-    made.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
-        out = Path(scratch) / made.name
-        for more in _MORE_FLAGS:
-            command = [compiler, *_FLAGS, *more, str(source), "-o", str(out), "-lm"]
-            try:
-                done = subprocess.run(command, capture_output=True, timeout=COMPILE_SECONDS, check=False)
-            except (OSError, subprocess.TimeoutExpired) as error:
-                logger.warning("the kernels of training could not be compiled: %s", error)
-                return False
-            if done.returncode == 0:
-                out.replace(made)
-                return True
-        logger.warning("the kernels of training could not be compiled: %s", done.stderr.decode(errors="replace"))
-        return False

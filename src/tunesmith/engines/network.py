@@ -1,0 +1,70 @@
+"""What a runner asks of a base model: the passes over tokens of many requests, each with its adapter or none."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from tunesmith.engines.lora import Adapter
+
+
+class Slot(Protocol):
+    """The keys and values of one request.
+
+    Attributes:
+        length: Tokens that they are of.
+    """
+
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """New tokens of one request.
+
+    Attributes:
+        slot: What it has seen.
+        tokens: Ids, at least one.
+        adapter: None for the base model itself.
+        wanted: Of how many of the last tokens the hidden states are wanted.
+    """
+
+    slot: Any
+    tokens: Sequence[int]
+    adapter: Adapter | None
+    wanted: int = 1
+
+
+class Network(Protocol):
+    """A base model in memory. All but `prepare` is called on one thread.
+
+    Attributes:
+        longest: Tokens that it can hold of one request.
+        linears: Path of each linear layer that an adapter may change, with its numbers of inputs and outputs.
+    """
+
+    longest: int
+    linears: dict[str, tuple[int, int]]
+
+    def prepare(self, adapter: Adapter) -> None:
+        """Bring an adapter into the layout that passes read; on the thread of whoever loads it."""
+
+    def open(self, most: int) -> Slot | None:
+        """Return an empty slot for up to `most` tokens; None while others hold the memory."""
+
+    def close(self, slot: Any) -> None:
+        """Give a slot's memory back."""
+
+    def forward(self, pieces: Sequence[Piece]) -> Tensor:
+        """Run new tokens of different slots, which then have seen them.
+
+        Returns:
+            The wanted last hidden states, (tokens, size), in the pieces' order.
+        """
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Return the scores of all words, float32 (rows, words), of hidden states (rows, size)."""
+
+    def likeliest(self, hidden: Tensor, counts: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Return scores, of which only the `counts` largest of each row are sure to be exact, and the best."""

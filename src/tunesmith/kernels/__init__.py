@@ -1,0 +1,1 @@
+"""What neither torch nor a library does fast enough, in C."""

@@ -1,0 +1,40 @@
+"""What the service asks of a rater."""
+
+from typing import Protocol
+
+from tunesmith import protos
+from tunesmith.caller import Caller
+
+_HARM = protos.POOL.FindEnumTypeByName("google.ai.generativelanguage.v1beta.HarmCategory").values_by_name
+
+CATEGORIES: tuple[int, ...] = tuple(
+    _HARM[f"HARM_CATEGORY_{name}"].number
+    for name in ("SEXUALLY_EXPLICIT", "HATE_SPEECH", "HARASSMENT", "DANGEROUS_CONTENT")
+)
+"""What texts are rated for, in the order in which ratings come."""
+
+Probabilities = tuple[int, ...]
+"""A `SafetyRating.HarmProbability` for each of `CATEGORIES`; unspecified where a rater could not say."""
+
+
+class Rater(Protocol):
+    """Says how likely it is that a text is harmful.
+
+    Attributes:
+        every: How many characters an answer may grow by, while it is streamed, until it is rated again.
+    """
+
+    every: int
+
+    def rate(self, text: str, question: str | None, caller: Caller) -> Probabilities:
+        """Return the probability of each category.
+
+        Args:
+            text: What somebody asks, or what a model answers.
+            question: What the answer answers; None when the text is a question.
+            caller: Who asks; a rater that is a model takes its turns with theirs.
+
+        Raises:
+            Cancelled: The caller has left.
+        """
+        ...
