@@ -43,8 +43,9 @@ class ModuleNetwork:
         self._body: nn.Module = model.base_model
         self._cache = KVCache(device)
 
-    def prepare(self, adapter: Adapter) -> None:
+    def prepare(self, adapter: Adapter) -> Adapter:
         """See `network.Network`; nothing is to be done."""
+        return adapter
 
     def open(self, most: int) -> ModuleSlot | None:  # noqa: ARG002 - the memory is not bounded here
         """See `network.Network`."""
@@ -55,6 +56,10 @@ class ModuleNetwork:
         self._cache.give_back(slot.row)
         if not self._cache.lengths:
             self._mix.clear()
+
+    def blocks(self) -> tuple[int, int]:
+        """See `network.Network`."""
+        return 0, 0
 
     def forward(self, pieces: Sequence[Piece]) -> Tensor:
         """See `network.Network`."""

@@ -47,14 +47,21 @@ class Network(Protocol):
     longest: int
     linears: dict[str, tuple[int, int]]
 
-    def prepare(self, adapter: Adapter) -> None:
-        """Bring an adapter into the layout that passes read; on the thread of whoever loads it."""
+    def prepare(self, adapter: Adapter) -> Adapter:
+        """Bring an adapter into the layout that passes read; on the thread of whoever loads it.
+
+        Returns:
+            What is to be kept of it, and named in pieces.
+        """
 
     def open(self, most: int) -> Slot | None:
         """Return an empty slot for up to `most` tokens; None while others hold the memory."""
 
     def close(self, slot: Any) -> None:
         """Give a slot's memory back."""
+
+    def blocks(self) -> tuple[int, int]:
+        """Return how many blocks hold keys and values, and how many there are; 0 where memory has none."""
 
     def forward(self, pieces: Sequence[Piece]) -> Tensor:
         """Run new tokens of different slots, which then have seen them.

@@ -5,18 +5,19 @@ A token comes out the same to the last bit whatever else is in its pass: rows ar
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from tunesmith.base_models.decoder import FULL, SLIDING, CausalLM, Layer, Turns
+from tunesmith.base_models.decoder import FULL, SLIDING, CausalLM, Turns
+from tunesmith.base_models.decoder import Layer as DecoderLayer
 from tunesmith.engines.block_pool import BlockPool, tables
 from tunesmith.engines.lora import Adapter
 from tunesmith.engines.network import Piece
-from tunesmith.kernels.decoding import DecodingKernels, Head, Seen
-from tunesmith.kernels.products import Mix, Pair
+from tunesmith.kernels.decoding import DecodingKernels, Head, Kind, Layer, Layers, Mixes, Seen, Shape
+from tunesmith.kernels.products import TILE, Pair
 
 GROUPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -29,6 +30,8 @@ KEPT_MIXES = 4
 """Of which adapters come together: requests that come and go make new ones."""
 TURNED = 2048
 """Positions whose cosines are computed together."""
+UNBOUNDED = 1 << 40
+"""A window that all tokens are in."""
 STEP = 16
 """A pass is filled up to multiples of so many tokens."""
 
@@ -49,34 +52,6 @@ class PackedSlot:
         self.firsts = dict.fromkeys(promised, 0)
 
 
-class _Layer:
-    """A layer's matrices, packed, and its norms."""
-
-    def __init__(self, layer: Layer, kernels: DecodingKernels) -> None:
-        weights = [torch.cat([layer.linear(path).weight.detach() for path in group]) for group in GROUPS]
-        self.products = [(kernels.pack(weight), weight.shape[0]) for weight in weights]
-        own = layer.self_attn
-        self.factor, self.kind, self.eps = own.factor, layer.mlp.kind, own.eps
-        before_mlp = layer.pre_feedforward_layernorm if layer.around else layer.post_attention_layernorm
-        self.before_attention, self.before_mlp = layer.input_layernorm.factor, before_mlp.factor
-        self.after_attention = layer.post_attention_layernorm.factor if layer.around else None
-        self.after_mlp = layer.post_feedforward_layernorm.factor if layer.around else None
-
-
-class _Adapters(NamedTuple):
-    """The adapters of a pass.
-
-    Attributes:
-        layers: Of each layer, a mix for each of its products.
-        firsts: Where each adapter's rows begin; the mixes read it.
-        ends: Where they end.
-    """
-
-    layers: list[list[Mix]]
-    firsts: Tensor
-    ends: Tensor
-
-
 class PackedNetwork:
     """See `network.Network`.
 
@@ -93,7 +68,6 @@ class PackedNetwork:
         layers = self.body.decoder_layers
         first = layers[0].self_attn
         self._queries, self._keys, self._size = first.heads, first.heads // first.groups, first.size
-        self._scale = first.scale
         self.linears = {
             f"model.layers.{number}.{path}": (layer.linear(path).in_features, layer.linear(path).out_features)
             for number, layer in enumerate(layers)
@@ -103,7 +77,6 @@ class PackedNetwork:
         a_token = 4 * len(layers) * self._keys * self._size  # keys and values of two bytes each
         tokens = kv_bytes // a_token
         self.longest: int = min(config.max_position_embeddings, tokens)
-        self._layers = [_Layer(layer, kernels) for layer in layers]
         self._head = Head(model.lm_head.weight.detach(), kernels)
         self._kinds = config.layer_types
         windows = {FULL: None, SLIDING: config.sliding_window}
@@ -113,12 +86,23 @@ class PackedNetwork:
             )
             for kind in dict.fromkeys(self._kinds)
         }
-        self._caches = [
-            self._pools[kind].layers[self._kinds[:number].count(kind)] for number, kind in enumerate(self._kinds)
-        ]
+        kinds = list(self._pools)
+        pools = {kind: iter(pool.layers) for kind, pool in self._pools.items()}
+        self._layers = Layers(
+            Shape(
+                *(self._queries, self._keys, self._size, layers[0].mlp.gate_proj.out_features),
+                int(layers[0].mlp.kind == "silu"),
+                first.eps,
+                first.scale,
+            ),
+            [
+                _packed(layer, kernels, next(pools[kind]), kinds.index(kind))
+                for layer, kind in zip(layers, self._kinds, strict=True)
+            ],
+        )
         self._turns: dict[str, Turns] = {}
         self._packed: WeakKeyDictionary[Adapter, list[list[Pair]]] = WeakKeyDictionary()
-        self._mixes: OrderedDict[tuple[Adapter, ...], _Adapters] = OrderedDict()
+        self._mixes: OrderedDict[tuple[Adapter, ...], Mixes] = OrderedDict()
         self.body.layers = torch.nn.ModuleList()
 
     @staticmethod
@@ -134,12 +118,11 @@ class PackedNetwork:
             and all(layer.self_attn.size % 64 == 0 for layer in layers)
         )
 
-    def prepare(self, adapter: Adapter) -> None:
-        """See `network.Network`."""
-        self._packed[adapter] = [
-            [self._pair(adapter, f"model.layers.{number}.", group) for group in GROUPS]
-            for number in range(len(self._layers))
-        ]
+    def prepare(self, adapter: Adapter) -> Adapter:
+        """See `network.Network`: what is packed is kept, the factors are not."""
+        kept = replace(adapter, factors={})
+        self._packed[kept] = self._pack(adapter)
+        return kept
 
     def open(self, most: int) -> PackedSlot | None:
         """See `network.Network`."""
@@ -157,6 +140,11 @@ class PackedNetwork:
         """See `network.Network`."""
         for kind, pool in self._pools.items():
             pool.take_back(slot.promised[kind], slot.tables[kind][slot.firsts[kind] :])
+
+    def blocks(self) -> tuple[int, int]:
+        """See `network.Network`."""
+        used, there = zip(*(pool.blocks for pool in self._pools.values()), strict=True)
+        return sum(used), sum(there)
 
     def forward(self, pieces: Sequence[Piece]) -> Tensor:
         """See `network.Network`."""
@@ -191,22 +179,12 @@ class PackedNetwork:
         places = [length + i for length, count in zip(lengths, counts, strict=True) for i in range(count)]
         turns = self._turned(torch.tensor(places + [0] * fill))
         common = torch.tensor(starts[:-1]), torch.tensor(counts), torch.tensor(lengths)
-        seen = {kind: Seen(*common, self._blocks(kind, pieces)) for kind in self._pools}
-        adapters = self._mixed(pieces, starts)
+        kinds = []
+        for kind, pool in self._pools.items():
+            blocks = self._blocks(pool, kind, pieces)
+            kinds.append(Kind(*turns[kind], blocks, pool.window or UNBOUNDED, blocks.shape[1]))
         x = self.body.embed(tokens)
-        gathered = x.new_zeros((len(tokens), self._queries * self._size))
-        for number, (layer, kind, cache) in enumerate(zip(self._layers, self._kinds, self._caches, strict=True)):
-            mixes = adapters.layers[number] if adapters else [None] * len(GROUPS)
-            normed, _ = self._kernels.norm(x, layer.before_attention, layer.eps)
-            heads = self._product(normed, layer, mixes, 0).view(len(tokens), -1, self._size)
-            turning = self._queries + self._keys
-            turned, _ = self._kernels.turn(heads, turning, turns[kind], layer.factor, layer.eps)
-            window = self._pools[kind].window or 1 << 40
-            self._kernels.attend_cached(turned, heads, cache, seen[kind], self._scale, window, gathered)
-            x = self._added(x, self._product(gathered, layer, mixes, 1), layer.after_attention, layer.eps)
-            normed, _ = self._kernels.norm(x, layer.before_mlp, layer.eps)
-            product = self._kernels.gate(layer.kind, self._product(normed, layer, mixes, 2))
-            x = self._added(x, self._product(product, layer, mixes, 3), layer.after_mlp, layer.eps)
+        self._kernels.decode(x, self._layers, Seen(*common), kinds, self._mixed(pieces, starts))
         for piece in pieces:
             slot: PackedSlot = piece.slot
             slot.length += len(piece.tokens)
@@ -214,17 +192,7 @@ class PackedNetwork:
                 slot.firsts[kind] = pool.shed(slot.tables[kind], slot.firsts[kind], slot.length)
         return x
 
-    def _product(self, x: Tensor, layer: _Layer, mixes: Sequence[Mix | None], group: int) -> Tensor:
-        (packed, out), mix = layer.products[group], mixes[group]
-        if mix is None:
-            return self._kernels.product_alone(x, packed, out)
-        return self._kernels.product(x, packed, out, mix)[0]
-
-    def _added(self, x: Tensor, y: Tensor, factor: Tensor | None, eps: float) -> Tensor:
-        return x + y if factor is None else self._kernels.add_norm(x, y, factor, eps)[0]
-
-    def _blocks(self, kind: str, pieces: Sequence[Piece]) -> Tensor:
-        pool = self._pools[kind]
+    def _blocks(self, pool: BlockPool, kind: str, pieces: Sequence[Piece]) -> Tensor:
         for piece in pieces:
             pool.grow(piece.slot.tables[kind], piece.slot.length + len(piece.tokens))
         return tables([piece.slot.tables[kind] for piece in pieces])
@@ -240,7 +208,7 @@ class PackedNetwork:
             for kind, turns in self._turns.items()
         }
 
-    def _mixed(self, pieces: Sequence[Piece], starts: Sequence[int]) -> _Adapters | None:
+    def _mixed(self, pieces: Sequence[Piece], starts: Sequence[int]) -> Mixes | None:
         """Return the adapters of a pass whose pieces are in their order."""
         ends: dict[Adapter, int] = {}
         firsts: dict[Adapter, int] = {}
@@ -261,40 +229,36 @@ class PackedNetwork:
         adapters.ends.copy_(torch.tensor([*ends.values()]))
         return adapters
 
-    def _mix(self, adapters: tuple[Adapter, ...]) -> _Adapters:
+    def _mix(self, adapters: tuple[Adapter, ...]) -> Mixes:
         for adapter in adapters:
             if adapter not in self._packed:
-                self.prepare(adapter)
-        most = max(adapter.rank for adapter in adapters)
-        packed = [self._packed[adapter] for adapter in adapters]
-        if any(adapter.rank != most for adapter in adapters):
-            packed = [
-                [
-                    [self._pair(adapter, f"model.layers.{number}.", group, most) for group in GROUPS]
-                    for number in range(len(self._layers))
-                ]
-                for adapter in adapters
-            ]
-        firsts, ends = (torch.zeros(len(adapters), dtype=torch.int64) for _ in range(2))
-        layers = [
+                self._packed[adapter] = self._pack(adapter)
+        ranks = [max(_ranks(group, adapter.rank) for adapter in adapters) for group in GROUPS]
+        pairs = [
             [
-                Mix([own[number][group] for own in packed], _ranks(GROUPS[group], most), firsts, ends)
-                for group in range(len(GROUPS))
+                [_filled(self._packed[one][layer][number], _ranks(group, one.rank), ranks[number]) for one in adapters]
+                for number, group in enumerate(GROUPS)
             ]
-            for number in range(len(self._layers))
+            for layer in range(len(self._kinds))
         ]
-        return _Adapters(layers, firsts, ends)
+        return Mixes(pairs, ranks)
 
-    def _pair(self, adapter: Adapter, prefix: str, group: Sequence[str], rank: int = 0) -> Pair:
+    def _pack(self, adapter: Adapter) -> list[list[Pair]]:
+        """Return an adapter's factors of each layer."""
+        return [
+            [self._pair(adapter, f"model.layers.{number}.", group) for group in GROUPS]
+            for number in range(len(self._kinds))
+        ]
+
+    def _pair(self, adapter: Adapter, prefix: str, group: Sequence[str]) -> Pair:
         """Return an adapter's factors of layers that share their input, as those of one, packed.
 
         Args:
             adapter: The adapter.
             prefix: Of the layers' paths.
             group: Their paths' ends.
-            rank: What each layer's rank is filled up to; 0 for its own.
         """
-        rank = rank or adapter.rank
+        rank = adapter.rank
         ranks, inputs = _ranks(group, rank), self.linears[prefix + group[0]][0]
         outputs = [self.linears[prefix + path][1] for path in group]
         a = torch.zeros(ranks, inputs, dtype=self._head.weight.dtype)
@@ -305,6 +269,33 @@ class PackedNetwork:
                 a[first : first + adapter.rank] = factors[0]
                 b[out : out + outputs[number], first : first + adapter.rank] = factors[1]
         return Pair(self._kernels.pack(a, alone=True), self._kernels.pack(b, alone=True))
+
+
+def _packed(layer: DecoderLayer, kernels: DecodingKernels, pool: Tensor, kind: int) -> Layer:
+    """Return a layer in the layout that passes read."""
+    weights = [torch.cat([layer.linear(path).weight.detach() for path in group]) for group in GROUPS]
+    before_mlp = layer.pre_feedforward_layernorm if layer.around else layer.post_attention_layernorm
+    return Layer(
+        [kernels.pack(weight) for weight in weights],
+        layer.input_layernorm.factor,
+        layer.self_attn.factor,
+        layer.post_attention_layernorm.factor if layer.around else None,
+        before_mlp.factor,
+        layer.post_feedforward_layernorm.factor if layer.around else None,
+        pool,
+        kind,
+    )
+
+
+def _filled(pair: Pair, ranks: int, most: int) -> Pair:
+    """Return packed factors with more ranks, which are 0; packed are tiles, a row of 16 outputs after another."""
+    if ranks == most:
+        return pair
+    a = pair.a.new_zeros(len(pair.a) * most // ranks)
+    a[: len(pair.a)] = pair.a
+    b = pair.b.new_zeros(len(pair.b) * most // ranks)
+    b.view(-1, most // 32, TILE)[:, : ranks // 32] = pair.b.view(-1, ranks // 32, TILE)
+    return Pair(a, b)
 
 
 def _ranks(group: Sequence[str], rank: int) -> int:

@@ -153,6 +153,134 @@ void attend_cached(ptrdiff_t requests, ptrdiff_t queries, ptrdiff_t keys, ptrdif
     }
 }
 
+/* See passes.c and products.c. */
+void norm(ptrdiff_t rows, ptrdiff_t n, const bf16 *x, const float *factor, float eps, bf16 *y, float *inverse);
+void add_norm(ptrdiff_t rows, ptrdiff_t n, const bf16 *x, const bf16 *y, const float *factor, float eps, bf16 *sum, float *inverse);
+void turn(ptrdiff_t rows, ptrdiff_t all, ptrdiff_t heads, ptrdiff_t size, const bf16 *x, const float *cosine, const float *sine,
+          const float *factor, float eps, bf16 *turned, float *inverse);
+void gate(ptrdiff_t rows, ptrdiff_t n, ptrdiff_t silu, const bf16 *gate_and_up, bf16 *product);
+ptrdiff_t product_scratch(ptrdiff_t rows, ptrdiff_t out, ptrdiff_t in, ptrdiff_t adapters, ptrdiff_t ranks);
+void product(ptrdiff_t rows, ptrdiff_t out, ptrdiff_t in, ptrdiff_t adapters, ptrdiff_t ranks, const bf16 *x, const bf16 *w,
+             const bf16 *const *a, const bf16 *const *b, const int64_t *firsts, const int64_t *given_ends, bf16 *low, bf16 *y,
+             bf16 *scratch);
+
+/* A layer: its products' matrices (of queries, keys and values; of what is gathered; of gate and up; down), the factors of
+   its norms, NULL where there is none, and its keys and values. `kind` is which of the passes' kinds it is of. */
+typedef struct {
+    const bf16 *products[4];
+    const float *before_attention, *turned, *after_attention, *before_mlp, *after_mlp;
+    bf16 *pool;
+    int64_t kind;
+} Layer;
+
+/* What all layers of a kind have in common in one pass. */
+typedef struct {
+    const float *cosine, *sine;
+    const int64_t *tables;
+    int64_t window, most;
+} Kind;
+
+typedef struct {
+    int64_t layers, tokens, width, queries, keys, size, middle, silu, requests, adapters, ranks[4];
+    float eps, scale;
+    const Layer *layer;
+    const Kind *kind;
+    const int64_t *starts, *counts, *seen, *firsts, *ends;
+    const bf16 *const *pairs; /* of each layer and product all adapters' A, then all B */
+    bf16 *x, *scratch;
+} Pass;
+
+/* The parts of a pass's scratch. */
+typedef struct {
+    bf16 *normed, *heads, *turned, *gathered, *out, *both, *product, *low, *packed, *attention;
+    float *inverse;
+    ptrdiff_t total;
+} Parts;
+
+static bf16 *room(Parts *p, bf16 *scratch, ptrdiff_t numbers) {
+    bf16 *found = scratch ? scratch + p->total : NULL;
+    p->total += (numbers + 31) / 32 * 32;
+    return found;
+}
+
+static ptrdiff_t larger(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
+
+static ptrdiff_t outputs(const Pass *p, int product) {
+    ptrdiff_t all[4] = {(p->queries + 2 * p->keys) * p->size, p->width, 2 * p->middle, p->width};
+    return all[product];
+}
+
+static ptrdiff_t inputs(const Pass *p, int product) {
+    ptrdiff_t all[4] = {p->width, p->queries * p->size, p->width, p->middle};
+    return all[product];
+}
+
+static Parts parts_of(const Pass *p, bf16 *scratch) {
+    Parts parts = {0};
+    ptrdiff_t packed = 0, ranks = 0, attention = 0;
+    for (int i = 0; i < 4; i++) {
+        packed = larger(packed, product_scratch(p->tokens, outputs(p, i), inputs(p, i), p->adapters, p->ranks[i]));
+        ranks = larger(ranks, p->ranks[i]);
+    }
+    for (ptrdiff_t i = 0; i < p->layers; i++) {
+        ptrdiff_t window = p->kind[p->layer[i].kind].window;
+        attention = larger(attention, cache_scratch(p->requests, p->keys, p->size, window, p->counts, p->seen));
+    }
+    parts.normed = room(&parts, scratch, p->tokens * p->width);
+    parts.heads = room(&parts, scratch, p->tokens * outputs(p, 0));
+    parts.turned = room(&parts, scratch, p->tokens * (p->queries + p->keys) * p->size);
+    parts.gathered = room(&parts, scratch, p->tokens * p->queries * p->size);
+    parts.out = room(&parts, scratch, p->tokens * p->width);
+    parts.both = room(&parts, scratch, p->tokens * 2 * p->middle);
+    parts.product = room(&parts, scratch, p->tokens * p->middle);
+    parts.low = room(&parts, scratch, p->adapters * p->tokens * ranks);
+    parts.packed = room(&parts, scratch, packed);
+    parts.attention = room(&parts, scratch, attention);
+    parts.inverse = (float *)room(&parts, scratch, 2 * p->tokens * (p->queries + p->keys));
+    return parts;
+}
+
+/* How many bfloat16 numbers `decode` needs as scratch. */
+ptrdiff_t decode_scratch(const Pass *p) { return parts_of(p, NULL).total; }
+
+static void add(ptrdiff_t n, const bf16 *x, const bf16 *y, bf16 *sum) {
+    for (ptrdiff_t i = 0; i < n; i++) sum[i] = narrow(wide(x[i]) + wide(y[i]));
+}
+
+static void multiply_by(const Pass *p, const Parts *parts, ptrdiff_t layer, int product_number, const bf16 *x, bf16 *y) {
+    const bf16 *const *pairs = p->pairs + (layer * 4 + product_number) * 2 * p->adapters;
+    product(p->tokens, outputs(p, product_number), inputs(p, product_number), p->adapters, p->ranks[product_number], x,
+            p->layer[layer].products[product_number], pairs, pairs + p->adapters, p->firsts, p->ends, parts->low, y, parts->packed);
+}
+
+static void go_on(const Pass *p, const Parts *parts, const float *factor) {
+    if (factor) add_norm(p->tokens, p->width, p->x, parts->out, factor, p->eps, p->x, parts->inverse);
+    else add(p->tokens * p->width, p->x, parts->out, p->x);
+}
+
+/* Run a decoder's layers on x (tokens, width), in place. */
+void decode(const Pass *p) {
+    Parts parts = parts_of(p, p->scratch);
+    memset(parts.gathered, 0, (size_t)(p->tokens * p->queries * p->size) * sizeof(bf16)); /* rows of no request stay 0 */
+    for (ptrdiff_t i = 0; i < p->layers; i++) {
+        const Layer *layer = p->layer + i;
+        const Kind *kind = p->kind + layer->kind;
+        norm(p->tokens, p->width, p->x, layer->before_attention, p->eps, parts.normed, parts.inverse);
+        multiply_by(p, &parts, i, 0, parts.normed, parts.heads);
+        turn(p->tokens, p->queries + 2 * p->keys, p->queries + p->keys, p->size, parts.heads, kind->cosine, kind->sine, layer->turned,
+             p->eps, parts.turned, parts.inverse);
+        attend_cached(p->requests, p->queries, p->keys, p->size, kind->window, kind->most, p->starts, p->counts, p->seen, kind->tables,
+                      layer->pool, parts.turned, parts.heads, p->scale, parts.attention, parts.gathered);
+        multiply_by(p, &parts, i, 1, parts.gathered, parts.out);
+        go_on(p, &parts, layer->after_attention);
+        norm(p->tokens, p->width, p->x, layer->before_mlp, p->eps, parts.normed, parts.inverse);
+        multiply_by(p, &parts, i, 2, parts.normed, parts.both);
+        gate(p->tokens, p->middle, p->silu, parts.both, parts.product);
+        multiply_by(p, &parts, i, 3, parts.product, parts.out);
+        go_on(p, &parts, layer->after_mlp);
+    }
+}
+
 /* W of 8 bits: scales[o] x whole numbers, as tiles of 16 outputs of 64 inputs, four by four. `in` is a multiple of 64. */
 void shrink(ptrdiff_t out, ptrdiff_t in, const bf16 *w, int8_t *packed, float *scales) {
 #pragma omp parallel for schedule(static)

@@ -1,13 +1,16 @@
 """What serving needs of the matrix unit: attention over cached keys and values, and a fast output head."""
 
+import ctypes
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from tunesmith.kernels.library import library
 from tunesmith.kernels.passes import MatrixUnitKernels
+from tunesmith.kernels.products import Pair
 
 BLOCK = 32
 """Tokens of one block of keys and values."""
@@ -22,13 +25,153 @@ class Seen(NamedTuple):
         starts: Where each request's new tokens begin among all.
         counts: How many they are.
         lengths: How many tokens it has seen before.
-        tables: The numbers of its blocks, in the order of its tokens, (requests, most blocks).
     """
 
     starts: Tensor
     counts: Tensor
-    lengths: Tensor
+    seen: Tensor
+
+
+class Kind(NamedTuple):
+    """What layers that look equally far back have in common in one pass.
+
+    Attributes:
+        cosine: Of the tokens' positions, (tokens, size) in float32.
+        sine: Signed as in `decoder.Turns`.
+        tables: The numbers of each request's blocks, in the order of its tokens, (requests, most) int64.
+        window: How many tokens, itself counted, a token sees.
+        most: Blocks of a table.
+    """
+
+    cosine: Tensor
+    sine: Tensor
     tables: Tensor
+    window: int
+    most: int
+
+
+class Shape(NamedTuple):
+    """What all layers of a decoder have in common.
+
+    Attributes:
+        queries: Heads of a token.
+        keys: And as many values.
+        size: Of a head.
+        middle: Width of the gated product.
+        silu: 1, or 0 for gelu.
+        eps: Of the norms.
+        scale: What scores are multiplied by.
+    """
+
+    queries: int
+    keys: int
+    size: int
+    middle: int
+    silu: int
+    eps: float
+    scale: float
+
+
+class Layer(NamedTuple):
+    """A layer: four packed matrices, the factors of its norms, where it has them, and its keys and values.
+
+    Attributes:
+        products: Of queries, keys and values; of what is gathered; of gate and up; down.
+        pool: (blocks, 2, BLOCK, keys, size).
+        kind: The number of its kind.
+    """
+
+    products: Sequence[Tensor]
+    before_attention: Tensor
+    turned: Tensor | None
+    after_attention: Tensor | None
+    before_mlp: Tensor
+    after_mlp: Tensor | None
+    pool: Tensor
+    kind: int
+
+
+class Layers:
+    """A decoder's layers, as `decode` takes them."""
+
+    def __init__(self, shape: Shape, layers: Sequence[Layer]) -> None:
+        self.shape = shape
+        self._kept = layers  # their memory is read
+        self.table = (_Layer * len(layers))(
+            *[
+                _Layer((ctypes.c_void_p * 4)(*map(_given, layer.products)), *map(_given, layer[1:]))
+                for layer in layers
+            ]
+        )
+
+
+class Mixes:
+    """Adapters that come together in passes.
+
+    Args:
+        pairs: Of each layer and each of its products, the pairs of all adapters.
+        ranks: Of each of a layer's products.
+
+    Attributes:
+        firsts: Where each adapter's tokens begin, to be set for each pass; they follow one another.
+        ends: Where they end.
+        pairs: Addresses.
+    """
+
+    def __init__(self, pairs: Sequence[Sequence[Sequence[Pair]]], ranks: Sequence[int]) -> None:
+        self.ranks = (ctypes.c_int64 * 4)(*ranks)
+        self.firsts, self.ends = (torch.zeros(len(pairs[0][0]), dtype=torch.int64) for _ in range(2))
+        self._kept = pairs  # their memory is read
+        self.pairs = torch.tensor(
+            [
+                pair[side].data_ptr()
+                for layer in pairs
+                for product in layer
+                for side in range(2)
+                for pair in product
+            ]
+        )
+
+
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("products", _POINTER * 4),
+        *(
+            (name, _POINTER)
+            for name in ("before_attention", "turned", "after_attention", "before_mlp", "after_mlp", "pool")
+        ),
+        ("kind", _SIZE),
+    ]
+
+
+class _Kind(ctypes.Structure):
+    _fields_ = [*((name, _POINTER) for name in ("cosine", "sine", "tables")), ("window", _SIZE), ("most", _SIZE)]
+
+
+class _Pass(ctypes.Structure):
+    _fields_ = [
+        *((name, _SIZE) for name in ("layers", "tokens", "width", "queries", "keys", "size", "middle", "silu")),
+        ("requests", _SIZE),
+        ("adapters", _SIZE),
+        ("ranks", _SIZE * 4),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("layer", ctypes.POINTER(_Layer)),
+        ("kind", ctypes.POINTER(_Kind)),
+        *((name, _POINTER) for name in ("starts", "counts", "seen", "firsts", "ends", "pairs", "x", "scratch")),
+    ]
+
+
+def _given(value: Any) -> Any:
+    """Return what a field of a structure holds: a tensor's address, or a number."""
+    if isinstance(value, Tensor):
+        if not value.is_contiguous():
+            raise ValueError("a kernel takes contiguous tensors")
+        return value.data_ptr()
+    return value
 
 
 class Head:
@@ -73,25 +216,38 @@ class DecodingKernels(MatrixUnitKernels):
             return None
         return cls(compiled) if compiled.has_matrix_unit() else None
 
-    def attend_cached(
-        self, turned: Tensor, heads: Tensor, pool: Tensor, seen: Seen, scale: float, window: int, out: Tensor
+    def decode(
+        self, x: Tensor, layers: "Layers", seen: Seen, kinds: Sequence[Kind], mixes: "Mixes | None"
     ) -> None:
-        """Store new tokens' keys and values, and let the tokens attend to those of their request.
+        """Run a decoder's layers on new tokens, in place, and store their keys and values.
 
         Args:
-            turned: (tokens, queries and keys, size), turned by their positions.
-            heads: (tokens, queries and keys and values, size), of which the values count.
-            pool: Of the layer, (blocks, 2, BLOCK, keys, size).
-            seen: Of the requests.
-            scale: What scores are multiplied by.
-            window: How many tokens, itself counted, a token sees.
-            out: What each token gathers, (tokens, queries x size); other rows stay as they are.
+            x: (tokens, width); tokens are a multiple of 16, those of no request last.
+            layers: The decoder's.
+            seen: What the requests have seen.
+            kinds: What the layers of a kind have in common, in the order of their numbers.
+            mixes: The tokens' adapters; None without any.
         """
-        _, turning, size = turned.shape
-        keys = heads.shape[1] - turning
-        shape = len(seen.counts), turning - keys, keys, size, window, seen.tables.shape[1]
-        counted = self._call("cache_scratch", len(seen.counts), keys, size, window, seen.counts, seen.lengths)
-        self._call("attend_cached", *shape, *seen, pool, turned, heads, scale, turned.new_empty(counted), out)
+        held = (_Kind * len(kinds))(*[_Kind(*map(_given, kind)) for kind in kinds])
+        task = _Pass(
+            layers=len(layers.table),
+            tokens=len(x),
+            width=x.shape[1],
+            **layers.shape._asdict(),
+            requests=len(seen.counts),
+            layer=layers.table,
+            kind=held,
+            **{name: tensor.data_ptr() for name, tensor in seen._asdict().items()},
+            x=x.data_ptr(),
+        )
+        if mixes is not None:
+            task.adapters, task.ranks = len(mixes.firsts), mixes.ranks
+            task.firsts, task.ends, task.pairs = (
+                tensor.data_ptr() for tensor in (mixes.firsts, mixes.ends, mixes.pairs)
+            )
+        scratch = x.new_empty(self._library.decode_scratch(ctypes.addressof(task)))
+        task.scratch = scratch.data_ptr()
+        self._library.decode(ctypes.addressof(task))
 
     def shrink(self, weight: Tensor, shrunk: Tensor, scales: Tensor) -> None:
         """Write a matrix with 8 bits a weight, (out, in), and each output's scale."""

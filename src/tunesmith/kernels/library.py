@@ -45,15 +45,15 @@ _SIGNATURES = {
     "spread": "p s",
     "product": "sssss ppppppppp",
     "product_scratch": "sssss",
-    "attend_cached": "ssssss pppp pppf pp",
-    "cache_scratch": "ssss pp",
+    "decode": "p",
+    "decode_scratch": "p",
     "shrink": "ss ppp",
     "head": "ss pppp",
     "head_of_8_bits": "ss ppppp",
     "refine": "sss pppppp",
 }
 """The functions' arguments: s for a size, f for a float, p for an address."""
-_COUNTING = ("has_matrix_unit", "product_scratch", "attend_scratch", "cache_scratch")
+_COUNTING = ("has_matrix_unit", "product_scratch", "attend_scratch", "decode_scratch")
 """The functions that return a number."""
 _TYPES = {"s": ctypes.c_ssize_t, "f": ctypes.c_float, "p": ctypes.c_void_p}
 
