@@ -10,6 +10,7 @@ import argparse
 import random
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import torch
 from peft import PeftModel
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils import logging
 
 import serving_weights
 from tunesmith.base_models.device import compute_dtype
@@ -101,6 +103,8 @@ def in_random_batches(asker: Asker, asked: Sequence[Question], draw: random.Rand
 @torch.inference_mode()
 def of_peft(base: Weights, folder: Path, asked: Sequence[Question], tokens: int) -> list[str]:
     """Return what PEFT in transformers answers, one question at a time, in the precision that we serve in."""
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
     store, tokenizer = serving_weights.artifacts_of(folder), base.tokenizer()
     model: Any = AutoModelForCausalLM.from_pretrained(base.path, dtype=compute_dtype(torch.device("cpu")))
     adapted: Any = PeftModel.from_pretrained(model, f"{store}/{serving_weights.adapter_path(0)}", adapter_name="0")

@@ -53,16 +53,16 @@ def faster(table: Table, text: str, ours: Side, theirs: Side, times: float | Non
     mine, other = (table.best(*side, "tokens_per_second") for side in (ours, theirs))
     if mine and other:
         reached = mine.tokens_per_second / other.tokens_per_second
-        speeds = f"{mine.tokens_per_second:.0f} / {other.tokens_per_second:.0f} tok/s, {reached:.2f} times"
-        yield Goal(f"{text} ({other.peer})", speeds, None if times is None else reached >= times)
+        speeds = f"{mine.tokens_per_second:.0f} / {other.tokens_per_second:.0f} tok/s ({other.peer})"
+        yield Goal(text, f"{speeds}: {reached:.2f} times", None if times is None else reached >= times)
 
 
 def sooner(table: Table, text: str, ours: Side, theirs: Side, *, goal: bool) -> Iterator[Goal]:
     """Yield the goal of a first token that is there no later than others'."""
     mine, other = (table.best(*side, "first_median", least=True) for side in (ours, theirs))
     if mine and other:
-        seconds = f"{mine.first_median:.2f} / {other.first_median:.2f} s"
-        yield Goal(f"{text} ({other.peer})", seconds, mine.first_median <= other.first_median if goal else None)
+        seconds = f"{mine.first_median:.2f} / {other.first_median:.2f} s ({other.peer})"
+        yield Goal(text, seconds, mine.first_median <= other.first_median if goal else None)
 
 
 def goals(table: Table, outputs: int) -> Iterator[Goal]:
@@ -71,11 +71,11 @@ def goals(table: Table, outputs: int) -> Iterator[Goal]:
     long = Cell(1, 1, LONG, PROMPTS[LONG], outputs)
     like = f"{BUILT}BF16"
     yield from faster(table, "1 stream: as fast as llama.cpp built here", (OURS, one), (BUILT, one), 1)
-    yield from faster(table, "1 stream: beside", (OURS, one), (like, one))
+    yield from faster(table, "1 stream: beside like with like", (OURS, one), (like, one))
     yield from faster(table, "16 streams, 8 adapters: 2.5 times its best", (OURS, mixed), (LLAMA, many), 2.5)
-    yield from faster(table, "16 streams, 8 adapters: beside", (OURS, mixed), (like, many))
+    yield from faster(table, "16 streams, 8 adapters: beside like with like", (OURS, mixed), (like, many))
     yield from sooner(table, "1,000 tokens: first token no later", (OURS, long), (LLAMA, long), goal=True)
-    yield from sooner(table, "1,000 tokens: beside", (OURS, long), (like, long), goal=False)
+    yield from sooner(table, "1,000 tokens: beside like with like", (OURS, long), (like, long), goal=False)
     yield from faster(table, "1 stream: over HTTP beside the engine alone", ("http", one), (OURS, one))
     yield from faster(table, "16 streams: over HTTP beside the engine alone", ("http", mixed), (OURS, mixed))
     if (mine := table.peak(OURS)) and (theirs := table.peak(LLAMA)):
