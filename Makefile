@@ -7,7 +7,7 @@ TRL     := .bench/trl
 LLAMA   := .bench/llama
 VLLM    := .bench/vllm
 
-.PHONY: demo test test-clients notebooks check format bench bench-environment soak protos clean
+.PHONY: demo test test-clients test-vllm notebooks check format bench bench-environment soak protos clean
 
 demo: $(STAMP)            ## the tutorial, end to end, on real weights
 	$(BIN)/tunesmith demo
@@ -17,6 +17,9 @@ test: $(STAMP)            ## the whole test suite
 
 test-clients: $(STAMP)    ## drive every client; CHECK=1 fails when docs/compatibility.md is stale
 	$(BIN)/python tests/clients/run.py $(if $(CHECK),--check)
+
+test-vllm: $(STAMP) $(VLLM)/.installed  ## the vLLM engine on a real vLLM server, whose answers are kept for `make test`
+	$(BIN)/python tests/vllm/run.py $(VLLM)/bin/python
 
 notebooks: $(STAMP)       ## run the notebooks of examples/ from clean kernels and keep their outputs
 	$(BIN)/python tests/clients/notebooks.py $(if $(CHECK),--check)

@@ -37,13 +37,18 @@ if TYPE_CHECKING:
     from starlette.routing import BaseRoute
 
     from tunesmith.api.dispatch import Dispatcher
+    from tunesmith.base_models.catalog import BaseModel
     from tunesmith.engines.base import Engine
+    from tunesmith.engines.metrics import EngineMetrics
+    from tunesmith.engines.vllm_client import VllmClient
     from tunesmith.jobs.worker import Worker
     from tunesmith.safety.guard import Safety
 
 FIRST_ACCOUNT = "admin@localhost"
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep an idle connection, or they meet one that closes
 SHUTDOWN_SECONDS = 5  # for requests that are under way when the server stops
+
+REFUSED_AT_ONCE = 16  # calls for which the engine has no room
 
 V1BETA = "google.ai.generativelanguage.v1beta"
 READS_OF_A_ROW = (
@@ -141,6 +146,59 @@ def dispatcher(parts: Parts, engine: "Engine") -> "Dispatcher":
     return Dispatcher(services, Verifier(parts.keys, *tokens), limits, parts.audit)
 
 
+def engine_of(parts: Parts, metrics: "EngineMetrics") -> "Engine":
+    """Return what answers."""
+    from tunesmith.engines.torch_engine import TorchEngine
+
+    settings = parts.settings
+    if settings.engine == "vllm":
+        return _vllm_engine(parts)
+    return TorchEngine(
+        parts.artifacts,
+        settings.cache_dir,
+        device=settings.device,
+        max_batch=settings.max_batch,
+        loaded_adapters=settings.loaded_adapters,
+        kv_bytes=settings.kv_cache_mb << 20,
+        waiting=settings.waiting_answers,
+        waiting_seconds=settings.waiting_seconds,
+        metrics=metrics,
+    )
+
+
+def vllm_base(settings: Settings, catalog: Catalog) -> "BaseModel":
+    """Return the base model that the vLLM server has.
+
+    Raises:
+        ValueError: The catalog lacks it.
+    """
+    name = settings.vllm_base_model.removeprefix("models/")
+    model = catalog.find(f"models/{name}") if name else catalog.default
+    if model is None:
+        raise ValueError(f"vllm_base_model: there is no {name} in the catalog; `tunesmith doctor` lists them")
+    return model
+
+
+def vllm_client(settings: Settings) -> "VllmClient":
+    """Return what asks the vLLM server."""
+    from tunesmith.engines.vllm_client import VllmClient
+
+    key = settings.vllm_api_key.get_secret_value()
+    return VllmClient(settings.vllm_url, key, settings.vllm_silence_seconds)
+
+
+def _vllm_engine(parts: Parts) -> "Engine":
+    from tunesmith.engines.vllm_adapters import VllmAdapters
+    from tunesmith.engines.vllm_engine import VllmEngine
+
+    settings = parts.settings
+    folder, client = settings.vllm_adapters, vllm_client(settings)
+    seen_as = settings.vllm_adapters_path or str(folder)
+    adapters = VllmAdapters(parts.artifacts, client, folder, seen_as, settings.loaded_adapters)
+    model = vllm_base(settings, parts.catalog)
+    return VllmEngine(parts.artifacts, settings.cache_dir, client, model.id, settings.vllm_model, adapters)
+
+
 def safety(parts: Parts, engine: "Engine") -> "Safety":
     """Return what rates prompts and answers.
 
@@ -197,7 +255,7 @@ def serve(settings: Settings, stop_with_stdin: bool = False) -> None:
     from tunesmith.api.metrics import CallMetrics
     from tunesmith.api.openai_routes import openai_routes
     from tunesmith.api.rest_server import rest_app
-    from tunesmith.engines.torch_engine import TorchEngine
+    from tunesmith.engines.metrics import EngineMetrics
     from tunesmith.jobs.launchers import LocalLauncher
 
     _refuse_plain_text(settings)
@@ -206,19 +264,17 @@ def serve(settings: Settings, stop_with_stdin: bool = False) -> None:
     grpc = None
     if settings.grpc_port != NO_GRPC:
         largest = settings.max_body_bytes
-        grpc = GrpcServer(settings.host, settings.grpc_port, max_message_bytes=largest, key_and_certificates=tls)
+        where = settings.host, settings.grpc_port
+        grpc = GrpcServer(
+            *where, max_message_bytes=largest, key_and_certificates=tls, generating=_generating(settings)
+        )
     parts = Parts.open(settings)
     parts.keys.start()
     password_file = first_account(parts)
     sweep(parts.database, parts.artifacts)
-    engine = TorchEngine(
-        parts.artifacts,
-        settings.cache_dir,
-        device=settings.device,
-        max_batch=settings.max_batch,
-        loaded_adapters=settings.loaded_adapters,
-    )
-    calls, metrics, loaded = dispatcher(parts, engine), CallMetrics(), threading.Event()
+    metrics = CallMetrics()
+    engine = engine_of(parts, EngineMetrics(metrics.registry))
+    calls, loaded = dispatcher(parts, engine), threading.Event()
     launcher = LocalLauncher(settings.workers, _worker_arguments(settings), parts.queue)
     launcher.start()
 
@@ -244,8 +300,11 @@ def serve(settings: Settings, stop_with_stdin: bool = False) -> None:
                 metrics=metrics,
                 routes=[
                     *sign_in(parts),
-                    *openai_routes(calls, metrics, settings.max_body_bytes, settings.receive_seconds),
+                    *openai_routes(
+                        calls, metrics, settings.max_body_bytes, settings.receive_seconds, _generating(settings)
+                    ),
                 ],
+                generating=_generating(settings),
                 cors_origins=[origin.strip() for origin in settings.cors_origins.split(",")],
                 inline=quick,
             ),
@@ -296,6 +355,7 @@ def work(settings: Settings, name: str, stop_with_stdin: bool) -> None:
     on_stop_signal(end)
     if stop_with_stdin:
         on_end_of_stdin(end)
+    os.nice(settings.worker_nice)
     from tunesmith.jobs import worker as training
 
     parts = Parts.open(settings)
@@ -399,6 +459,11 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from error
     return listener
+
+
+def _generating(settings: Settings) -> int:
+    """Return how many calls for answers a transport runs: all that the engine takes, and those it refuses."""
+    return settings.max_batch + settings.waiting_answers + REFUSED_AT_ONCE
 
 
 def _worker_arguments(settings: Settings) -> list[str]:

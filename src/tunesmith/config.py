@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -194,8 +194,59 @@ class Settings(BaseSettings):
         ge=0,
         description="Exports that an account may have under way at a time, at each server process; 0: no limit.",
     )
+    engine: Literal["torch", "vllm"] = Field(
+        "torch",
+        description="What answers: torch (this process, on the device) or vllm (a vLLM server: docs/vllm.md).",
+    )
+    vllm_url: str = Field(
+        "", description="Address of the vLLM server, such as http://127.0.0.1:8000; prompts and answers go there."
+    )
+    vllm_api_key: SecretStr = Field(
+        SecretStr(""), description="What the vLLM server was started with as --api-key; empty when with none."
+    )
+    vllm_base_model: str = Field(
+        "", description="The base model, as the catalog names it, that the vLLM server has; empty for the default."
+    )
+    vllm_model: str = Field(
+        "", description="What the vLLM server calls the base model; empty for the only one that it has."
+    )
+    vllm_adapters_dir: Path | None = Field(
+        None, description="Where adapters are written for the vLLM server; left out, in the data dir."
+    )
+    vllm_adapters_path: str = Field(
+        "", description="The same folder as the vLLM server sees it, when that is not under the same path."
+    )
+    vllm_silence_seconds: float = Field(
+        120.0, gt=0, description="How long the vLLM server may say nothing to a request before that ends with 503."
+    )
     max_batch: int = Field(16, gt=0, description="Sequences generated together.")
-    loaded_adapters: int = Field(32, gt=0, description="Tuned models kept in memory.")
+    loaded_adapters: int = Field(
+        32, gt=0, description="Tuned models kept in memory: at rank 16 about 15 MB each with Gemma 3 270M."
+    )
+    kv_cache_mb: int = Field(
+        1024,
+        gt=0,
+        description="Memory in MB for what answers of a base model keep of their tokens (18 KB each with Gemma 3 "
+        "270M), on CPUs with a matrix unit; who does not fit waits.",
+    )
+    waiting_answers: int = Field(
+        64,
+        ge=0,
+        description="Answers and embeddings of a base model that may wait for their turn; who comes then is told "
+        "when to try again (429), or takes the place of somebody who has more waiting.",
+    )
+    waiting_seconds: float = Field(
+        60.0,
+        gt=0,
+        description="How long an answer may wait for its turn: what is likely to wait longer is refused (429), "
+        "and what does is given up (503).",
+    )
+    worker_nice: int = Field(
+        10,
+        ge=0,
+        le=19,
+        description="How far training gives way to the rest of the machine, answers above all; 0 not at all.",
+    )
     safety_rater: str = Field(
         "lexicon",
         pattern=r"^(lexicon|off|models/[a-zA-Z0-9._-]+)$",
@@ -237,6 +288,12 @@ class Settings(BaseSettings):
         return issuers
 
     @model_validator(mode="after")
+    def _vllm_with_address(self) -> Self:
+        if self.engine == "vllm" and not re.fullmatch(r"https?://[^/?#]+(/[^?#]*)?", self.vllm_url):
+            raise ValueError("vllm_url: set it to the server's address, such as http://127.0.0.1:8000")
+        return self
+
+    @model_validator(mode="after")
     def _key_with_certificate(self) -> Self:
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ValueError("ssl_certfile and ssl_keyfile go together: set both, or neither")
@@ -246,6 +303,11 @@ class Settings(BaseSettings):
     def database(self) -> str:
         """The SQLAlchemy URL of the database."""
         return self.database_url or f"sqlite:///{self.data_dir / 'tunesmith.db'}"
+
+    @property
+    def vllm_adapters(self) -> Path:
+        """The folder for the vLLM server's adapters."""
+        return (self.vllm_adapters_dir or self.data_dir / "vllm-adapters").expanduser().absolute()
 
     @property
     def artifacts(self) -> str:

@@ -6,7 +6,8 @@
     ├── Unauthenticated      401   ├── Cancelled           499
     ├── PermissionDenied     403   ├── Internal            500
     ├── NotFound             404   ├── Unimplemented       501
-    └── Aborted              409   └── Unavailable         503
+    ├── Aborted              409   ├── Unavailable         503
+    └── DeadlineExceeded     504
 
 Domain code raises them and never sees a transport; `api/` turns them into a response in one place.
 """
@@ -76,6 +77,10 @@ class InvalidArgument(ApiError):
         for field, description in pairs:
             request.field_violations.add(field=field, description=description)
         return cls(message or "\n".join(f"* {field}: {text}" for field, text in pairs), [request])
+
+
+class DeadlineExceeded(ApiError):
+    code, http, status = 4, HTTPStatus.GATEWAY_TIMEOUT, "DEADLINE_EXCEEDED"
 
 
 class NotFound(ApiError):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tunesmith.base_models import weights
 from tunesmith.base_models.catalog import Catalog
 from tunesmith.config import Settings
+from tunesmith.errors import ApiError
 
 if TYPE_CHECKING:
     from tunesmith.kernels.passes import Kernels
@@ -39,6 +40,8 @@ class Finding:
 def examine(settings: Settings, catalog: Catalog) -> Iterator[Finding]:
     """Yield what there is and what is missing."""
     yield from _compute(settings)
+    if settings.engine == "vllm":
+        yield _vllm(settings, catalog)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Finding(
         "memory",
@@ -85,6 +88,29 @@ def _kernels(found: "Kernels") -> Finding:
     compiled = found.name != "torch"
     remedy = "" if compiled else "install a C compiler (cc): tuning is then two to three times as fast"
     return Finding("training kernels", found.name, compiled, remedy)
+
+
+def _vllm(settings: Settings, catalog: Catalog) -> Finding:
+    """Say whether the vLLM server answers, and whether it has the base weights that are here."""
+    from tunesmith.app import vllm_base, vllm_client
+    from tunesmith.engines.vllm_adapters import other_weights
+    from tunesmith.engines.vllm_client import base_of
+    from tunesmith.engines.vllm_fit import fits
+
+    client, model = vllm_client(settings), vllm_base(settings, catalog)
+    try:
+        base = base_of(client, settings.vllm_model, model.id)
+        found = f"vLLM {client.version()} at {client.url}, {base.name}, {base.longest:,} tokens"
+        here = weights.find(model, settings.cache_dir)
+        if here is None:
+            return Finding("engine", f"{found}; its weights were not compared with models/{model.id}: not here")
+        if not fits(client, base.name, here):
+            return Finding("engine", found, False, other_weights(client.url, base.name, here), blocks=True)
+        return Finding("engine", f"{found}; weights of models/{model.id}: the same as here")
+    except ApiError as error:
+        return Finding("engine", f"vLLM at {client.url}", False, error.message, blocks=True)
+    finally:
+        client.close()
 
 
 def _disk(what: str, path: Path) -> Finding:

@@ -179,3 +179,21 @@ def test_the_likeliest_words_have_exact_scores(network: PackedNetwork, rows: int
         expected, found = exact[row].topk(count), scores[row].topk(count)
         assert found.indices.tolist() == expected.indices.tolist()
         assert torch.allclose(found.values, expected.values, atol=1e-3)
+
+
+def test_of_a_prepared_adapter_only_what_is_packed_is_kept(network: PackedNetwork) -> None:
+    adapters = [an_adapter(network, rank, rank) for rank in (8, 16, 40)]
+    kept = [network.prepare(adapter) for adapter in adapters]
+    assert all(not adapter.factors for adapter in kept)
+    tokens = some_tokens(20)
+    alone = [in_pieces(network, tokens, adapter, [20]) for adapter in adapters]
+    slots = [network.open(20) for _ in kept]
+    pieces = [Piece(slot, tokens, adapter, 20) for slot, adapter in zip(slots, kept, strict=True)]
+    together = network.forward(pieces).split(20)
+    used, there = network.blocks()
+    assert 0 < used < there
+    for expected, found in zip(alone, together, strict=True):
+        assert torch.equal(found, expected)
+    for slot in slots:
+        network.close(slot)
+    assert network.blocks() == (0, there)

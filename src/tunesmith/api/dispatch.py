@@ -39,6 +39,13 @@ WAITS: Mapping[str, int] = {
 """RPCs that last as long as their caller likes: transports give them so many threads of their own."""
 
 
+GENERATING = (
+    "google.ai.generativelanguage.v1beta.GenerativeService",
+    "google.ai.generativelanguage.v1beta.TextService",
+)
+"""Services whose calls wait for the engine: transports give them as many threads as it lets wait."""
+
+
 class Verifier(Protocol):
     """Turns credentials into a caller."""
 

@@ -9,11 +9,12 @@ from threading import Event
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from tunesmith.errors import InvalidArgument
+from tunesmith.errors import ApiError, Cancelled, DeadlineExceeded, InvalidArgument
 
 Headers = Sequence[tuple[bytes, bytes]]
 
 _DRAINED = 64 << 20  # bytes of a too large body that are read and dropped, so that the client hears why
+_LONGEST_TIMEOUT = 86_400.0  # seconds
 _COMMON: Headers = (
     (b"vary", b"X-Origin, Referer"),
     (b"cache-control", b"private"),
@@ -30,7 +31,8 @@ class Exchange:
         query: The query string as sent.
         headers: The request's headers, by lower-case name.
         address: The network address of the client.
-        gone: Set when the client has left.
+        gone: Set when the client has left, or does not wait any more.
+        late: Whether the client's `x-server-timeout` has passed.
         answered: Whether the response has begun.
     """
 
@@ -41,6 +43,7 @@ class Exchange:
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.address: str = scope["client"][0] if scope.get("client") else ""
         self.gone = Event()
+        self.late = False
         self.answered = False
         self._complete = False
         self._receive = receive
@@ -94,8 +97,10 @@ class Exchange:
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
-        """Set `gone` as soon as the client leaves; only once the body has been read."""
+        """Set `gone` as soon as the client leaves or waits no more; only once the body has been read."""
         watcher = asyncio.create_task(self._watch())
+        seconds = _timeout(self.headers.get(b"x-server-timeout", b""))
+        timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, self._expire)
         try:
             yield
         except asyncio.CancelledError:  # the server stops
@@ -103,6 +108,17 @@ class Exchange:
             raise
         finally:
             watcher.cancel()
+            if timer:
+                timer.cancel()
+
+    def told(self, error: ApiError) -> ApiError:
+        """Return what the client is told of an error: work that its own deadline ended was not cancelled."""
+        return too_late() if self.late and isinstance(error, Cancelled) else error
+
+    def _expire(self) -> None:
+        if not self._complete:
+            self.late = True
+            self.gone.set()
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
@@ -125,6 +141,23 @@ class Exchange:
         """Send a part of the response at once."""
         self._complete = not more
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+def too_late() -> DeadlineExceeded:
+    """Return the error of a request whose client does not wait any more."""
+    return DeadlineExceeded(
+        "The deadline of the request (x-server-timeout) passed before the answer was whole: allow more time, or "
+        "ask for fewer tokens."
+    )
+
+
+def _timeout(header: bytes) -> float | None:
+    """Return the seconds that a client waits, as Google's say it; None when it does not, or not in numbers."""
+    try:
+        seconds = float(header)
+    except ValueError:
+        return None
+    return min(seconds, _LONGEST_TIMEOUT) if seconds > 0 else None
 
 
 class _Inflater:

@@ -15,7 +15,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from tunesmith import protos
 from tunesmith.api import resource_names
-from tunesmith.api.dispatch import WAITS, Dispatcher
+from tunesmith.api.dispatch import GENERATING, WAITS, Dispatcher
 from tunesmith.api.field_mask import FieldMask, field_mask
 from tunesmith.api.grpc_metadata import abort, address, credentials, fields
 from tunesmith.api.grpc_reflection import reflection_handlers
@@ -57,6 +57,7 @@ class GrpcServer:
         max_message_bytes: The largest request that is taken.
         key_and_certificates: PEM of the private key and of the certificate chain, for TLS.
         threads: Calls of one service that run at a time.
+        generating: Calls that run at a time of services that make answers.
 
     Raises:
         OSError: The address cannot be listened on.
@@ -70,9 +71,10 @@ class GrpcServer:
         max_message_bytes: int,
         key_and_certificates: tuple[bytes, bytes] | None = None,
         threads: int = THREADS,
+        generating: int = THREADS,
     ) -> None:
         self._max_message_bytes = max_message_bytes
-        self._threads = threads
+        self._threads, self._generating = threads, generating
         self._pools = [ThreadPoolExecutor(threads, "grpc")]
         largest = ("grpc.max_receive_message_length", _REFUSED_IN_WORDS * max_message_bytes)
         self._server = grpc.server(self._pools[0], options=(*_OPTIONS, largest))
@@ -136,7 +138,7 @@ class GrpcServer:
         own_threads: Mapping[str, ThreadPoolExecutor],
     ) -> "dict[str, Handler]":
         # Threads for each service, so that long generations never keep a `get` waiting.
-        threads = self._pool(service.name)
+        threads = self._pool(service.name, self._generating if service.full_name in GENERATING else None)
         handlers = {}
         for rpc in service.methods:
             waits = WAITS.get(rpc.full_name)

@@ -44,7 +44,11 @@ _Result = TypeVar("_Result")
 
 
 def openai_routes(
-    dispatcher: Dispatcher, metrics: CallMetrics, max_body_bytes: int, receive_seconds: float = 60
+    dispatcher: Dispatcher,
+    metrics: CallMetrics,
+    max_body_bytes: int,
+    receive_seconds: float = 60,
+    threads: int = THREADS,
 ) -> list[BaseRoute]:
     """Return the routes.
 
@@ -53,8 +57,9 @@ def openai_routes(
         metrics: Where they are counted, under the names of the RPCs that they stand for.
         max_body_bytes: The largest request body that is taken.
         receive_seconds: How long a request's body may take to arrive.
+        threads: Calls that run at a time.
     """
-    app = _OpenAi(dispatcher, metrics, max_body_bytes, receive_seconds)
+    app = _OpenAi(dispatcher, metrics, max_body_bytes, receive_seconds, threads)
     return [Route(f"/{version}/openai/{{path:path}}", app) for version in VERSIONS]
 
 
@@ -72,8 +77,14 @@ class _OpenAi:
     """The endpoint of all of OpenAI's routes."""
 
     def __init__(
-        self, dispatcher: Dispatcher, metrics: CallMetrics, max_body_bytes: int, receive_seconds: float
+        self,
+        dispatcher: Dispatcher,
+        metrics: CallMetrics,
+        max_body_bytes: int,
+        receive_seconds: float,
+        threads: int,
     ) -> None:
+        self._threads = threads
         self._dispatcher, self._metrics = dispatcher, metrics
         self._max_body_bytes, self._receive_seconds = max_body_bytes, receive_seconds
         self._limiter: CapacityLimiter | None = None
@@ -84,7 +95,7 @@ class _OpenAi:
         try:
             await self._serve(exchange, call, scope["path_params"]["path"].strip("/"))
         except ApiError as error:
-            await _refuse(exchange, call, error)
+            await _refuse(exchange, call, exchange.told(error))
         except (ClientDisconnect, OSError):
             call.code = "CANCELLED"
         except Exception as error:  # noqa: BLE001 — whatever it is, the client gets an answer
@@ -211,7 +222,7 @@ class _OpenAi:
 
     async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
         if self._limiter is None:  # it belongs to the loop that it is made in
-            self._limiter = CapacityLimiter(THREADS)
+            self._limiter = CapacityLimiter(self._threads)
         return await to_thread.run_sync(work, limiter=self._limiter)
 
 

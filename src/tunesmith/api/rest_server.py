@@ -32,10 +32,10 @@ from tunesmith.api.body_formats import (
     BodyFormat,
     StreamFormat,
 )
-from tunesmith.api.dispatch import WAITS, Dispatcher, internal
+from tunesmith.api.dispatch import GENERATING, WAITS, Dispatcher, internal
 from tunesmith.api.documents import document_routes
 from tunesmith.api.downloads import headers_of, is_download
-from tunesmith.api.exchange import Exchange, Headers
+from tunesmith.api.exchange import Exchange, Headers, too_late
 from tunesmith.api.field_mask import FieldMask, field_mask
 from tunesmith.api.metrics import CONTENT_TYPE, CallMetrics
 from tunesmith.api.system_parameters import (
@@ -75,6 +75,7 @@ def rest_app(
     cors_origins: Sequence[str] = ("*",),
     lifespan: Lifespan[Starlette] | None = None,
     threads: int = THREADS,
+    generating: int = THREADS,
     inline: Collection[str] = (),
 ) -> Starlette:
     """Return the ASGI app.
@@ -90,6 +91,7 @@ def rest_app(
             their own, so a page can do only what it brings a credential for.
         lifespan: Starlette's hook for what starts and ends with the server.
         threads: Calls of one service that run at a time.
+        generating: Calls that run at a time of services that make answers.
         inline: RPCs, by full name, that take less time than a change of threads does, and never wait: they run
             on the event loop.
     """
@@ -106,7 +108,7 @@ def rest_app(
 
     own = [Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", prometheus)]
     described = document_routes(dispatcher.summaries())
-    api = _Api(dispatcher, max_body_bytes, receive_seconds, shown, threads, inline)
+    api = _Api(dispatcher, max_body_bytes, receive_seconds, shown, threads, generating, inline)
     app = Starlette(
         routes=[*own, *described, *routes],
         middleware=[_cors(cors_origins)],
@@ -209,10 +211,14 @@ class _Parts:
         try:
             return self._part(next(self._messages, _END))
         except ApiError as error:
-            self._call.code, self.broken = error.status, self._download
-            first, self._empty = self._empty, False
-            written = self._call.format.error(error)
-            return None if self.broken else self._call.stream.part(written, first=first, failed=True)
+            return self.failed(error)
+
+    def failed(self, error: ApiError) -> bytes | None:
+        """Return the error that ends the stream; None where none can be written."""
+        self._call.code, self.broken = error.status, self._download
+        first, self._empty = self._empty, False
+        written = self._call.format.error(error)
+        return None if self.broken else self._call.stream.part(written, first=first, failed=True)
 
     @property
     def end(self) -> bytes:
@@ -246,13 +252,15 @@ class _Api:
         receive_seconds: float,
         metrics: CallMetrics,
         threads: int,
+        generating: int,
         inline: Collection[str],
     ) -> None:
         self._router = Router()
         self._dispatcher = dispatcher
         self._max_body_bytes, self._receive_seconds = max_body_bytes, receive_seconds
         self._metrics = metrics
-        self._threads = threads
+        self._threads = {**dict.fromkeys(GENERATING, generating), **WAITS}
+        self._other_threads = threads
         self._inline = frozenset(inline)
         # One for each service, and for what waits, so that long generations never keep a `get` waiting.
         self._limiters: dict[str, CapacityLimiter] = {}
@@ -263,13 +271,13 @@ class _Api:
         try:
             await self._serve(exchange, call)
         except ApiError as error:
-            await _refuse(exchange, call, error)
+            await _refuse(exchange, call, exchange.told(error))
         except (ClientDisconnect, OSError):
             call.code = "CANCELLED"
         except Exception as error:  # noqa: BLE001 — whatever it is, the client gets an answer
             await _refuse(exchange, call, internal(error, f"{exchange.method} {exchange.path}"))
         finally:
-            code = "CANCELLED" if exchange.gone.is_set() else call.code
+            code = "CANCELLED" if exchange.gone.is_set() and not exchange.late else call.code
             self._metrics.observe(call.rpc_name, code, time.perf_counter() - started)
 
     async def _serve(self, exchange: Exchange, call: _Call) -> None:
@@ -354,10 +362,15 @@ class _Api:
             part = parts.next()
             if exchange.gone.is_set():
                 parts.close()
+                if exchange.late and part is not None:
+                    return parts.failed(too_late())
             return part
 
+        def reads_on() -> bool:
+            return exchange.method != "HEAD" and (exchange.late or not exchange.gone.is_set())
+
         await exchange.begin(200, parts.headers)
-        while part is not None and exchange.method != "HEAD" and not exchange.gone.is_set():
+        while part is not None and reads_on():
             await exchange.send_part(part)
             part = await self._in_thread(match, pull)
         if not parts.broken:  # else the connection is closed without an end: half a file is none
@@ -368,7 +381,7 @@ class _Api:
         group = rpc.full_name if rpc.full_name in WAITS else rpc.containing_service.full_name
         limiter = self._limiters.get(group)
         if limiter is None:
-            limiter = self._limiters[group] = CapacityLimiter(WAITS.get(group, self._threads))
+            limiter = self._limiters[group] = CapacityLimiter(self._threads.get(group, self._other_threads))
         return await to_thread.run_sync(work, limiter=limiter)
 
 

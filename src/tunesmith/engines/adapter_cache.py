@@ -1,9 +1,8 @@
 """Adapters in memory: loaded from their artifacts, checked, least recently used out first."""
 
 import json
-import math
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -16,7 +15,9 @@ import torch
 from tunesmith.base_models.prompts import FORMATS
 from tunesmith.base_models.weights import Weights
 from tunesmith.engines.lora import Adapter
-from tunesmith.errors import FailedPrecondition, Internal
+from tunesmith.engines.metrics import EngineMetrics
+from tunesmith.engines.probe import check_base, check_probe
+from tunesmith.errors import Internal
 from tunesmith.store.artifacts import ArtifactStore
 
 PREFIX = "base_model.model."
@@ -31,11 +32,8 @@ CHANGE_THE_COMPUTATION = (
     *("trainable_token_indices", "target_parameters", "use_bdlora", "arrow_config", "kasa_config"),
 )
 
-TOLERANCE = 0.1
-RELATIVE_TOLERANCE = 0.05
-"""How far a probe's mean log-probability may lie from the recorded one. bfloat16 scores are rounded to steps
-of up to 0.125, and another number format or device rounds differently; an adapter that was trained at all
-moves its own probe by far more."""
+LOADS = 2
+"""Adapters that are loaded at a time: more would take the cores from those that are answered."""
 
 
 class Base(Protocol):
@@ -45,8 +43,8 @@ class Base(Protocol):
     device: torch.device
     linears: dict[str, tuple[int, int]]
 
-    def prepare(self, adapter: Adapter) -> None:
-        """Bring an adapter into the layout that passes read."""
+    def prepare(self, adapter: Adapter) -> Adapter:
+        """Bring an adapter into the layout that passes read; return what is to be kept of it."""
 
     def logprob(self, tokens: Sequence[int], prompt_length: int, adapter: Adapter | None) -> float:
         """Return the mean log-probability of the tokens that follow the prompt."""
@@ -64,11 +62,13 @@ class AdapterCache:
     Args:
         artifacts: Where the adapters are published.
         capacity: How many are kept; more only while more are in use.
+        metrics: What is told of them.
     """
 
-    def __init__(self, artifacts: ArtifactStore, capacity: int) -> None:
-        self._artifacts = artifacts
+    def __init__(self, artifacts: ArtifactStore, capacity: int, metrics: EngineMetrics | None = None) -> None:
+        self._artifacts, self._metrics = artifacts, metrics or EngineMetrics()
         self._capacity = capacity
+        self._loads = threading.Semaphore(LOADS)
         self._lock = threading.Lock()
         self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
         """Least recently used first."""
@@ -93,6 +93,8 @@ class AdapterCache:
         try:
             if first:
                 self._load(key, entry, base)
+            else:
+                self._metrics.adapter_hits.labels(key[0]).inc()
             yield entry.loaded.result()  # whoever comes while another loads waits here
         finally:
             with self._lock:
@@ -101,7 +103,9 @@ class AdapterCache:
 
     def _load(self, key: tuple[str, str], entry: _Entry, base: Base) -> None:
         try:
-            entry.loaded.set_result(load(self._artifacts, key[1], base))
+            with self._loads, self._metrics.adapter_load_seconds.labels(key[0]).time():
+                entry.loaded.set_result(load(self._artifacts, key[1], base))
+            self._metrics.adapter_loads.labels(key[0]).inc()
         except BaseException as error:  # noqa: BLE001 — raised below, here and by whoever waits
             with self._lock:
                 del self._entries[key]  # the next one tries again
@@ -112,6 +116,9 @@ class AdapterCache:
         idle = [key for key, entry in self._entries.items() if entry.users == 0]
         for key in idle[: max(excess, 0)]:
             del self._entries[key]
+            self._metrics.adapter_evictions.labels(key[0]).inc()
+        for model, count in Counter(model for model, _ in self._entries).items():
+            self._metrics.adapters.labels(model).set(count)
 
 
 def load(artifacts: ArtifactStore, path: str, base: Base) -> Adapter:
@@ -121,7 +128,7 @@ def load(artifacts: ArtifactStore, path: str, base: Base) -> Adapter:
         As `AdapterCache.use`.
     """
     manifest = artifacts.manifest(path)
-    _check_base(path, manifest, base.weights)
+    check_base(path, manifest, base.weights)
     if manifest.get("prompt_format") not in FORMATS:
         raise Internal(f"Adapter {path} names the unknown prompt format {manifest.get('prompt_format')!r}.")
     files = artifacts.read(path)
@@ -130,28 +137,14 @@ def load(artifacts: ArtifactStore, path: str, base: Base) -> Adapter:
             raise Internal(f"Adapter {path} lacks its file {name}.")
     config = json.loads(files["adapter_config.json"])
     tensors = safetensors.torch.load(files["adapter_model.safetensors"])
-    adapter = Adapter(
+    read = Adapter(
         factors=_factors(path, config, tensors, base),
         rank=config["r"],
         prompt_format=manifest["prompt_format"],
     )
-    base.prepare(adapter)
-    _check_probe(path, manifest.get("probe"), adapter, base)
+    adapter = base.prepare(read)
+    check_probe(path, manifest, lambda tokens, length: base.logprob(tokens, length, adapter))
     return adapter
-
-
-def _check_base(path: str, manifest: Mapping[str, Any], weights: Weights) -> None:
-    if manifest.get("base_model") != weights.model.id:
-        raise FailedPrecondition(
-            f"Adapter {path} was trained on models/{manifest.get('base_model')} and does not fit "
-            f"models/{weights.model.id}."
-        )
-    if manifest.get("weights_sha256") != weights.sha256:
-        raise FailedPrecondition(
-            f"Adapter {path} was trained on other weights of models/{weights.model.id} (SHA-256 "
-            f"{manifest.get('weights_sha256')}) than those on this machine ({weights.sha256}). "
-            "Tune the model again, or bring back the weights that it was tuned on."
-        )
 
 
 def _factors(
@@ -184,24 +177,3 @@ def _factors(
 def _targets(names: Sequence[str], linears: Mapping[str, object]) -> list[str]:
     """Return the modules that PEFT's target_modules name: those whose path ends so."""
     return [path for path in linears if any(f".{path}".endswith(f".{name}") for name in names)]
-
-
-def _check_probe(path: str, probe: Mapping[str, Any] | None, adapter: Adapter, base: Base) -> None:
-    """Ask the adapter what it was asked at the end of its training."""
-    if probe is None:
-        raise Internal(f"Adapter {path} has no probe in its manifest: nothing shows that it would answer.")
-    recorded, without = probe["logprob"], probe["base_logprob"]
-    measured = base.logprob(probe["tokens"], probe["prompt_length"], adapter)
-    if abs(measured - recorded) <= _tolerance(recorded):  # false for a NaN
-        return
-    message = (
-        f"Adapter {path} does not answer as it did when it was trained: the mean log-probability of its "
-        f"probe is {measured:.3f} and was {recorded:.3f}."
-    )
-    if math.isfinite(measured) and abs(measured - without) <= _tolerance(without):
-        message += " That is what the base model alone gives: the adapter has no effect."
-    raise Internal(message)
-
-
-def _tolerance(logprob: float) -> float:
-    return TOLERANCE + RELATIVE_TOLERANCE * abs(logprob)

@@ -126,8 +126,9 @@ class Engine(Protocol):
             InvalidArgument: The prompt is longer than the model takes, or no answer can be held to the constraint.
             FailedPrecondition: The weights are not on this machine, or the adapter belongs to other weights.
             Internal: The adapter does not answer as it did when it was trained.
+            ResourceExhausted: Too many wait, or this one would for too long.
             Cancelled: `gone` was set.
-            Unavailable: The engine is closing.
+            Unavailable: The engine is closing, or the answer's turn did not come in time.
         """
 
     def count_tokens(self, model: BaseModel, adapter: str | None, turns: Sequence[Turn]) -> int:
@@ -141,6 +142,7 @@ class Engine(Protocol):
         Raises:
             InvalidArgument: A text is longer than the model takes.
             FailedPrecondition: The weights are not on this machine.
+            ResourceExhausted: Too many wait.
             Cancelled: `gone` was set.
             Unavailable: The engine is closing.
         """

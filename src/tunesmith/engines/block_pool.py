@@ -35,6 +35,11 @@ class BlockPool:
         self._free = list(range(self._blocks - 1, -1, -1))
         self._unpromised = self._blocks
 
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """How many are in use, and how many there are."""
+        return self._blocks - len(self._free), self._blocks
+
     def most(self, tokens: int, at_once: int) -> int:
         """Return how many blocks a request of up to so many tokens holds at most, `at_once` new ones a pass."""
         if self.window is not None:

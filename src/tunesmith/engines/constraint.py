@@ -22,6 +22,9 @@ COMPILED = 64
 WHITESPACE = r" |\n[ \t]{0,16}"
 """Between JSON's tokens, at most once: models of this size that may write more, write it until they are cut."""
 
+ANY_LINES = {"whitespace_pattern": WHITESPACE}
+ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
 _LIMITS = llguidance.LLParserLimits(step_lexer_fuel=50_000)
 """A pattern that would explode ends the answer after some milliseconds, and does not stall the batch."""
 
@@ -95,7 +98,7 @@ class Constraints:
         Raises:
             InvalidArgument: No answer can be held to it; names the constraint's field.
         """
-        grammar = _grammar(constraint, opening)
+        grammar = grammar_of(constraint, opening)
         key = (tokenizer, stop_tokens, grammar)
         with self._lock:
             compiled = self._compiled.get(key)
@@ -124,11 +127,17 @@ class Constraints:
             return self._vocabularies[key]
 
 
-def _grammar(constraint: Constraint, opening: str) -> str:
-    """Return a constraint in llguidance's language."""
+def grammar_of(constraint: Constraint, opening: str, *, one_line: bool = False) -> str:
+    """Return a constraint in llguidance's language.
+
+    Args:
+        constraint: What the answer must be.
+        opening: Text that opens every answer.
+        one_line: Leave no choice of white space: older versions let it repeat.
+    """
     if constraint.choices:
         return "start: " + " | ".join(json.dumps(opening + choice) for choice in constraint.choices)
-    schema = json.dumps({**(constraint.schema or {}), "x-guidance": {"whitespace_pattern": WHITESPACE}})
+    schema = json.dumps({**(constraint.schema or {}), "x-guidance": ONE_LINE if one_line else ANY_LINES})
     if len(schema) > LONGEST:
         reason = f"must be at most {LONGEST:,} characters long as JSON, not {len(schema):,}"
         raise InvalidArgument.at([(constraint.field, reason)])

@@ -236,7 +236,10 @@ class PackedNetwork:
         ranks = [max(_ranks(group, adapter.rank) for adapter in adapters) for group in GROUPS]
         pairs = [
             [
-                [_filled(self._packed[one][layer][number], _ranks(group, one.rank), ranks[number]) for one in adapters]
+                [
+                    _filled(self._packed[one][layer][number], _ranks(group, one.rank), ranks[number])
+                    for one in adapters
+                ]
                 for number, group in enumerate(GROUPS)
             ]
             for layer in range(len(self._kinds))

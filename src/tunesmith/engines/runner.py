@@ -6,6 +6,7 @@
 
 A step takes some of the waiting into a prefill, computes one chunk of the prefill whose turn it is, and then
 one token for all that are running. Of the waiting, callers take turns: who has the fewest under way comes first.
+So many may wait, and none for too long: see `admission`.
 """
 
 import logging
@@ -25,13 +26,15 @@ from torch.nn import functional
 from tunesmith import protos
 from tunesmith.base_models import decoder
 from tunesmith.base_models.weights import Weights
+from tunesmith.engines.admission import Admission
 from tunesmith.engines.lora import Adapter
+from tunesmith.engines.metrics import EngineMetrics
 from tunesmith.engines.module_network import ModuleNetwork
 from tunesmith.engines.network import Network, Piece
 from tunesmith.engines.packed_network import PackedNetwork
 from tunesmith.engines.sampling import Chosen, Sampler, choose
 from tunesmith.engines.turns import Turns
-from tunesmith.errors import ApiError, Cancelled, Internal, Unavailable
+from tunesmith.errors import ApiError, Cancelled, Internal, ResourceExhausted, Unavailable
 from tunesmith.kernels.decoding import DecodingKernels
 
 CHUNK = 512
@@ -77,6 +80,8 @@ class Request:
         abandoned: Set when the reader has stopped reading.
         tokens: Ids generated so far.
         slot: Its keys and values, while it is under way.
+        since: When it came, in seconds of the admission's clock.
+        begun: When its turn came.
     """
 
     prompt: Sequence[int]
@@ -92,6 +97,8 @@ class Request:
     ended: bool = False
     tokens: list[int] = field(default_factory=list)
     slot: Any = None
+    since: float = 0.0
+    begun: float = 0.0
 
     def end(self, event: Ended | ApiError) -> None:
         """Say how the request ended, once."""
@@ -147,15 +154,27 @@ class Runner:
         dtype: Number format of its weights.
         max_batch: Requests under way together.
         kv_bytes: Memory for their keys and values, at most; not where the model is run as modules.
+        admission: Which requests may wait.
+        metrics: What is told of them.
     """
 
     def __init__(
-        self, weights: Weights, device: torch.device, dtype: torch.dtype, max_batch: int, kv_bytes: int = 1 << 30
+        self,
+        weights: Weights,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_batch: int,
+        kv_bytes: int,
+        admission: Admission,
+        metrics: EngineMetrics,
     ) -> None:
         self.weights = weights
         self.device = device
         self._dtype = dtype
         self._max_batch, self._kv_bytes = max_batch, kv_bytes
+        self._admission, self._metrics, self._label = admission, metrics, weights.model.id
+        self._under_way = 0
+        """How many requests have left the queue; changed with the lock held."""
         self._waiting: Turns[Request] = Turns()
         self._prefilling: deque[_Prefill] = deque()
         self._running: list[Request] = []
@@ -171,16 +190,28 @@ class Runner:
         ready.result()
 
     def submit(self, *requests: Request) -> None:
-        """Put requests in the queue, together: what fits one pass is computed in one.
+        """Put requests of one caller in the queue, together: what fits one pass is computed in one.
 
         Raises:
+            ResourceExhausted: Too many wait, or these would for too long.
             Unavailable: The runner is closing.
         """
         with self._wake:
             self._refuse_when_closing()
+            self._let_in(requests[0].caller)
             for request in requests:
+                request.since = self._admission.now()
                 self._waiting.add(request.caller, [request])
             self._wake.notify()
+
+    def check(self, caller: str) -> None:
+        """Refuse a caller who would be refused anyhow, before anything is prepared.
+
+        Raises:
+            ResourceExhausted: As `submit`.
+        """
+        with self._wake:
+            self._let_in(caller)
 
     def logprob(self, tokens: Sequence[int], prompt_length: int, adapter: Adapter | None) -> float:
         """Return the mean log-probability of an answer's tokens, all that follow the prompt.
@@ -203,18 +234,18 @@ class Runner:
 
         Raises:
             Cancelled: `gone` was set.
+            ResourceExhausted: Too many wait.
             Unavailable: The runner is closing.
         """
+        self.check(caller)
         means = []
         for group in _groups(texts):
             slots: list[Any] = self._between_steps(partial(self._open, [len(text) for text in group]), caller)
             try:
                 total = torch.zeros(())
                 for start in range(0, max(map(len, group)), CHUNK):
-                    if gone.is_set():
-                        raise Cancelled("The client went away.")
                     chunks = [text[start : start + CHUNK] for text in group]
-                    summed = partial(self._summed, slots, chunks, max(skip - start, 0))
+                    summed = partial(self._summed, slots, chunks, max(skip - start, 0), gone)
                     total = total + self._between_steps(summed, caller)
             finally:
                 with suppress(Unavailable):  # it is closing, and all memory with it
@@ -242,6 +273,33 @@ class Runner:
             self._tasks.add(caller, [(result, compute)])
             self._wake.notify()
         return result.result()
+
+    def _let_in(self, caller: str) -> None:
+        """Make sure that one more of a caller's may wait; the lock is held.
+
+        Where the queue is full, who has most waiting gives up the last of it for somebody who has less.
+
+        Raises:
+            ResourceExhausted: It may not.
+        """
+        free = max(self._max_batch - self._under_way, 0)
+        waiting = max(len(self._waiting) - free, 0) + len(self._tasks)
+        try:
+            ahead = self._waiting.ahead(caller) - free
+            if ahead >= 0:
+                self._admission.check(ahead, self._under_way)
+        except ResourceExhausted:
+            self._refused("too_long")
+            raise
+        if waiting and self._admission.full(waiting):
+            self._refused("queue_full")
+            error, given_up = self._admission.refuse(self._under_way), self._waiting.give_up(caller)
+            if given_up is None:
+                raise error
+            given_up.end(error)
+
+    def _refused(self, reason: str) -> None:
+        self._metrics.refused.labels(self._label, reason).inc()
 
     def _refuse_when_closing(self) -> None:
         if self._closing:
@@ -271,9 +329,9 @@ class Runner:
         self.linears = self._network.linears
         """Path of each linear layer that an adapter may change, with its numbers of inputs and outputs."""
 
-    def prepare(self, adapter: Adapter) -> None:
-        """Bring an adapter into the layout that passes read, on the caller's thread."""
-        self._network.prepare(adapter)
+    def prepare(self, adapter: Adapter) -> Adapter:
+        """Bring an adapter into the layout that passes read, on the caller's thread; return what is to be kept."""
+        return self._network.prepare(adapter)
 
     def _loop(self) -> None:
         try:
@@ -306,6 +364,8 @@ class Runner:
             self._close([request.slot])
         self._prefilling.clear()
         self._running.clear()
+        with self._wake:
+            self._under_way = 0
 
     def _step(self) -> None:
         self._drop_ended()
@@ -315,6 +375,7 @@ class Runner:
         self._drop_ended()
         self._decode()
         self._drop_ended()
+        self._observe()
 
     def _do_a_task(self) -> None:
         with self._wake:
@@ -327,6 +388,8 @@ class Runner:
         except _NoRoom:
             with self._wake:
                 self._tasks.add(turn[0], [(result, compute)])  # those that run make room when they end
+        except ApiError as error:
+            result.set_exception(error)
         except Exception as error:
             logger.exception("A task of %s failed.", self.weights.model.id)
             failed = _failed()
@@ -336,13 +399,38 @@ class Runner:
     def _drop_ended(self) -> None:
         """Take out the requests that have ended, and those that nobody waits for."""
         with self._wake:
-            self._waiting.keep(lambda request: not request.leave())
+            self._waiting.keep(self._waits_on)
         gone = [prefill for prefill in self._prefilling if self._all_leave(prefill)]
         for prefill in gone:
             self._prefilling.remove(prefill)
             self._close([request.slot for request in prefill.requests])
-        self._close([request.slot for request in self._running if request.leave()])
+        left = [request for request in self._running if request.leave()]
+        self._close([request.slot for request in left])
+        for request in left:
+            self._admission.ended(self._admission.now() - request.begun)
         self._running = [request for request in self._running if not request.ended]
+
+    def _waits_on(self, request: Request) -> bool:
+        """Return whether a request stays in the queue."""
+        if request.leave():
+            self._refused("gone")
+            return False
+        if self._admission.late(request.since):
+            self._refused("overdue")
+            request.end(self._admission.overdue(self._under_way))
+            return False
+        return True
+
+    def _observe(self) -> None:
+        """Tell how a step left things."""
+        blocks, label = self._network.blocks(), self._label
+        with self._wake:
+            self._under_way = len(self._running) + sum(len(prefill.requests) for prefill in self._prefilling)
+            waiting = len(self._waiting) + len(self._tasks)
+        self._metrics.waiting.labels(label).set(waiting)
+        self._metrics.under_way.labels(label).set(self._under_way)
+        self._metrics.blocks_in_use.labels(label).set(blocks[0])
+        self._metrics.blocks.labels(label).set(blocks[1])
 
     def _all_leave(self, prefill: _Prefill) -> bool:
         """Return whether all have left; each is asked, so that its reader hears of it."""
@@ -366,6 +454,9 @@ class Runner:
                     break  # those that run make room when they end
                 admitted.append(self._waiting.take(caller))
                 held[caller] += 1
+                request.begun = self._admission.now()
+                self._metrics.wait.labels(self._label).observe(request.begun - request.since)
+            self._under_way = len(under_way) + len(admitted)
         if admitted:
             self._prefilling.append(_Prefill(admitted))
 
@@ -387,6 +478,9 @@ class Runner:
             return
         self._running += prefill.requests
         self._hand_out(prefill.requests, tokens)
+        for request in prefill.requests:
+            self._metrics.first_token.labels(self._label).observe(self._admission.now() - request.since)
+            self._metrics.prompt_tokens.labels(self._label).inc(len(request.prompt))
 
     def _prefill_chunk(self, prefill: _Prefill) -> list[Chosen] | None:
         """Compute a chunk; return the answers' first tokens when the prompts are whole."""
@@ -405,6 +499,7 @@ class Runner:
         """Compute one more token of every running request."""
         if not self._running:
             return
+        self._metrics.batch.labels(self._label).observe(len(self._running))
         hidden = self._network.forward(
             [Piece(request.slot, request.tokens[-1:], request.adapter) for request in self._running]
         )
@@ -422,6 +517,7 @@ class Runner:
         return choose(scores, samplers)
 
     def _hand_out(self, requests: Sequence[Request], choices: Sequence[Chosen]) -> None:
+        self._metrics.output_tokens.labels(self._label).inc(len(requests))
         for request, chosen in zip(requests, choices, strict=True):
             request.take(chosen, self.longest)
 
@@ -443,8 +539,16 @@ class Runner:
         for slot in slots:
             self._network.close(slot)
 
-    def _summed(self, slots: Sequence[Any], chunks: Sequence[Sequence[int]], skip: int) -> torch.Tensor:
-        """Return the sum of each row's last hidden states for new tokens, the first `skip` left out."""
+    def _summed(
+        self, slots: Sequence[Any], chunks: Sequence[Sequence[int]], skip: int, gone: threading.Event
+    ) -> torch.Tensor:
+        """Return the sum of each row's last hidden states for new tokens, the first `skip` left out.
+
+        Raises:
+            Cancelled: Nobody waits for it any more.
+        """
+        if gone.is_set():
+            raise Cancelled("The client went away.")
         pieces = [Piece(slot, chunk, None, len(chunk)) for slot, chunk in zip(slots, chunks, strict=True) if chunk]
         hidden = self._network.forward(pieces).float()
         parts = iter(torch.split(hidden, [len(piece.tokens) for piece in pieces]))

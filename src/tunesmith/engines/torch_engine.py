@@ -18,11 +18,13 @@ from tunesmith.base_models.device import compute_dtype, pick_device
 from tunesmith.base_models.prompts import FORMATS, PromptFormat, Turn
 from tunesmith.base_models.weights import Weights
 from tunesmith.engines.adapter_cache import AdapterCache
-from tunesmith.engines.base import Chunk, Place, Sampling, TokenLogprob
+from tunesmith.engines.admission import Admission
+from tunesmith.engines.answer import Answer
+from tunesmith.engines.base import Chunk, Sampling
 from tunesmith.engines.constraint import Constraints
+from tunesmith.engines.metrics import EngineMetrics
 from tunesmith.engines.runner import Ended, Events, Request, Runner, closing
-from tunesmith.engines.sampling import Chosen, Sampler
-from tunesmith.engines.text_stream import UNFINISHED, TextStream
+from tunesmith.engines.sampling import Sampler
 from tunesmith.errors import ApiError, Cancelled, Internal, InvalidArgument
 from tunesmith.store.artifacts import ArtifactStore
 
@@ -39,6 +41,10 @@ class TorchEngine:
         device: torch device, or `auto`.
         max_batch: Requests of one base model that are generated together; more wait.
         loaded_adapters: Adapters kept in memory.
+        kv_bytes: Memory for keys and values of a base model's requests, at most.
+        waiting: Requests of one base model that may wait for their turn.
+        waiting_seconds: How long.
+        metrics: What is told of them.
     """
 
     def __init__(
@@ -49,12 +55,18 @@ class TorchEngine:
         device: str = "auto",
         max_batch: int = 16,
         loaded_adapters: int = 32,
+        kv_bytes: int = 1 << 30,
+        waiting: int = 1024,
+        waiting_seconds: float = 3600.0,
+        metrics: EngineMetrics | None = None,
     ) -> None:
         self._artifacts = artifacts
         self._cache_dir = cache_dir
         self._device = pick_device(device)
-        self._max_batch = max_batch
-        self._adapters = AdapterCache(artifacts, loaded_adapters)
+        self._max_batch, self._kv_bytes = max_batch, kv_bytes
+        self._waiting = waiting, waiting_seconds
+        self._metrics = metrics or EngineMetrics()
+        self._adapters = AdapterCache(artifacts, loaded_adapters, self._metrics)
         self._constraints = Constraints()
         self._lock = threading.Lock()
         self._loading: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
@@ -82,6 +94,7 @@ class TorchEngine:
     ) -> Iterator[Chunk]:
         """Yield an answer's chunks; see `Engine.generate`."""
         runner = self._runner(model)
+        runner.check(caller)
         with ExitStack() as in_use:
             loaded = None if adapter is None else in_use.enter_context(self._adapters.use(runner, adapter))
             prompt_format = FORMATS[loaded.prompt_format if loaded else model.untuned_prompt_format]
@@ -94,7 +107,7 @@ class TorchEngine:
                 Request(prompt, loaded, sampler, most, stop_tokens, gone, events, index, caller)
                 for index, sampler in enumerate(samplers)
             ]
-            answers = [_Answer(tokenizer, prompt_format.answer, sampling) for _ in requests]
+            answers = [Answer(tokenizer, prompt_format.answer, sampling) for _ in requests]
             try:
                 runner.submit(*requests)
                 yield from _chunks(requests, answers)
@@ -141,6 +154,9 @@ class TorchEngine:
                     self._device,
                     compute_dtype(self._device),
                     self._max_batch,
+                    self._kv_bytes,
+                    Admission(*self._waiting),
+                    self._metrics,
                 )
                 self._runners[model.id] = runner
         if runner is None or self._closed:
@@ -189,43 +205,7 @@ def _checked(prompt: list[int], model: BaseModel, runner: Runner) -> list[int]:
     return prompt
 
 
-class _Answer:
-    """What has become of one candidate.
-
-    Args:
-        tokenizer: The model's.
-        opening: Text that opens an answer and is not part of it.
-        sampling: How its tokens are chosen.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, opening: str, sampling: Sampling) -> None:
-        self.text = TextStream(tokenizer, opening, sampling.stop_sequences)
-        self.tokens = 0
-        self._tokenizer = tokenizer
-        self._told = sampling.logprobs is not None
-        self._places: list[Place] = []
-
-    def push(self, chosen: Chosen) -> str:
-        """Take a token and return the text that has become certain."""
-        self.tokens += 1
-        if self._told:
-            top = tuple(self._named(token, logprob) for token, logprob in chosen.top)
-            self._places.append(Place(self._named(chosen.token, chosen.logprob), top))
-        return self.text.push(chosen.token)
-
-    def chunk(self, text: str, prompt_tokens: int, index: int, finish_reason: int = 0) -> Chunk:
-        """Return a chunk with the text and the tokens since the one before."""
-        places, self._places = tuple(self._places), []
-        return Chunk(text, prompt_tokens, self.tokens, finish_reason, index, places)
-
-    def _named(self, token: int, logprob: float) -> TokenLogprob:
-        text = self._tokenizer.decode([token], skip_special_tokens=False)
-        if UNFINISHED in text:  # part of a character
-            text = self._tokenizer.id_to_token(token) or ""
-        return TokenLogprob(token, text, logprob)
-
-
-def _chunks(requests: Sequence[Request], answers: Sequence[_Answer]) -> Iterator[Chunk]:
+def _chunks(requests: Sequence[Request], answers: Sequence[Answer]) -> Iterator[Chunk]:
     """Turn the events of one answer's candidates, which share a queue, into chunks."""
     length, left = len(requests[0].prompt), set(range(len(requests)))
     while left:

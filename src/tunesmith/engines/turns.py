@@ -38,6 +38,18 @@ class Turns(Generic[_Item]):
             self._waiting[caller] = items
         return item
 
+    def ahead(self, caller: str) -> int:
+        """Return how many items come before the next one that the caller would put here."""
+        own = len(self._waiting.get(caller, ()))
+        return own + sum(min(len(items), own + 1) for one, items in self._waiting.items() if one != caller)
+
+    def give_up(self, caller: str) -> _Item | None:
+        """Take out the last item of whoever has most; None when that is the caller, with one more."""
+        most = max(self._waiting, key=lambda one: len(self._waiting[one]), default=caller)
+        if len(self._waiting.get(most, ())) <= len(self._waiting.get(caller, ())) + 1:
+            return None
+        return self._waiting[most].pop()
+
     def keep(self, wanted: Callable[[_Item], bool]) -> None:
         """Drop the items that are not wanted."""
         kept = {caller: deque(filter(wanted, items)) for caller, items in self._waiting.items()}
