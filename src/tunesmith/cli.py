@@ -83,8 +83,8 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own progress bars; ours are shown
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = ALLOCATOR  # for the processes started here
-        if sys.argv[1:2] == ["worker"]:  # the allocator reads it when a process begins
-            os.execv(sys.executable, sys.orig_argv)  # noqa: S606 # nosec B606 - itself, once more
+        if sys.argv[1:2] == ["worker"]:  # the allocator reads it when a process begins: begin once more
+            os.execv(sys.executable, sys.orig_argv)  # noqa: S606 # nosec B606
     try:
         app()
     except SystemExit:  # how commands end: asking below what else it may be would import a lot

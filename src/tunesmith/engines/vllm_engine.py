@@ -23,7 +23,8 @@ from tunesmith.engines.vllm_client import ConnectionLost, Served, UnknownModel, 
 from tunesmith.errors import FailedPrecondition, Internal, InvalidArgument, Unavailable, Unimplemented
 from tunesmith.store.artifacts import ArtifactStore
 
-TOKEN = "token_id:"  # noqa: S105 # nosec B105 — how the server writes a token's id where it would write its text
+# How the server writes a token's id where it would write its text.
+TOKEN = "token_id:"  # noqa: S105 # nosec B105
 LOOK_SECONDS = 2.0  # between two looks whether the server answers, before this one is ready
 SEED_OFFSET = 1 << 31  # the server takes -1 for none, and counts up from a seed
 

@@ -9,7 +9,7 @@ from importlib.resources import files
 
 from tunesmith import protos
 from tunesmith.caller import Caller
-from tunesmith.safety.base import CATEGORIES, Probabilities
+from tunesmith.safety.base import Probabilities
 
 WINDOW, OVERLAP = 600, 120  # characters: what is found adds up within a window, not over a book
 NEAR = 60  # characters between the two words of a pair
@@ -94,6 +94,3 @@ def _windows(text: str) -> Iterator[str]:
     yield text[:WINDOW]
     for start in range(WINDOW - OVERLAP, len(text) - OVERLAP, WINDOW - OVERLAP):
         yield text[start : start + WINDOW]
-
-
-assert len(_NAMES) == len(CATEGORIES)  # noqa: S101 — both are in the order of ratings
