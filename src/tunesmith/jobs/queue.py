@@ -125,7 +125,8 @@ def _patiently(
                     raise
                 logger.warning("%s. Waiting for it to %s.", error.message.partition(". ")[0], method.__name__)
             self.stopping.wait(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+            # Or others, who find the database well again, would see a lease run out meanwhile.
+            pause = min(2 * pause, LONGEST_PAUSE, self.lease_seconds / RENEWALS)
 
     return again
 

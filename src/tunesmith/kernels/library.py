@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from torch import Tensor
 
-COMPILE_SECONDS = 60.0
+COMPILE_SECONDS = 600.0  # it takes five on an idle machine
 _FLAGS = ["-O3", "-march=native", "-fPIC", "-shared"]
 _FLAGS += [f"-f{flag}" for flag in ("no-math-errno", "no-trapping-math", "no-signed-zeros", "reciprocal-math")]
 _FLAGS += ["-fassociative-math"]
@@ -95,8 +96,12 @@ def library(cache: Path) -> ctypes.CDLL | None:
     texts = b"".join(source.read_bytes() for source in sources)
     about = hashlib.sha256(texts + repr((compiler, _FLAGS, _MORE_FLAGS, _cpu())).encode())
     made = cache / f"kernels-{about.hexdigest()[:16]}.so"
-    if not made.exists() and not _compile(compiler, sources, made):
-        return None
+    if not made.exists():
+        made.parent.mkdir(parents=True, exist_ok=True)
+        # Of processes that start together one compiles; were it each, all might take longer than they may.
+        with FileLock(made.with_suffix(".lock")):
+            if not made.exists() and not _compile(compiler, sources, made):
+                return None
     loaded = ctypes.CDLL(str(made))
     for name, arguments in _SIGNATURES.items():
         function = getattr(loaded, name, None)
@@ -116,7 +121,6 @@ def _cpu() -> str:
 
 
 def _compile(compiler: str, sources: Sequence[Path], made: Path) -> bool:
-    made.parent.mkdir(parents=True, exist_ok=True)
     files = [str(source) for source in sources if source.suffix == ".c"]
     with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
         out = Path(scratch) / made.name
