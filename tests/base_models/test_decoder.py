@@ -77,15 +77,16 @@ def test_tokens_one_by_one_are_those_together(base: Weights) -> None:
     model = ours(base.path)
     lengths, more = [20, 3], 20
     tokens = some_tokens(2, max(lengths) + more)
-    cache = KVCache(2, CPU)
+    cache = KVCache(CPU)
+    rows = [cache.take(), cache.take()]
     last = []
     with torch.inference_mode():
         step(model, cache, tokens[:, : max(lengths)])
-        cache.advance(lengths)
+        cache.advance(rows, lengths)
         for _ in range(more):
             new = torch.stack([tokens[row, length] for row, length in enumerate(cache.lengths)])[:, None]
             last.append(step(model, cache, new)[:, 0])
-            cache.advance([1, 1])
+            cache.advance(rows, [1, 1])
         for row, length in enumerate(lengths):
             whole = reference_model(base).base_model(input_ids=tokens[row : row + 1]).last_hidden_state
             expected = whole[0, length : length + more]
@@ -93,7 +94,7 @@ def test_tokens_one_by_one_are_those_together(base: Weights) -> None:
 
 
 def step(model: decoder.CausalLM, cache: KVCache, tokens: torch.Tensor) -> torch.Tensor:
-    positions = cache.begin(tokens.shape[1])
+    positions = cache.begin(range(len(tokens)), tokens.shape[1])
     windows = {decoder.FULL: None, decoder.SLIDING: model.config.sliding_window}
     masks = {kind: causal_mask(positions, cache.end, window, torch.float32) for kind, window in windows.items()}
     output = model.base_model(tokens, masks, positions, cache, use_cache=True)

@@ -17,6 +17,10 @@ pytestmark = pytest.mark.weights
 HERE = Path(__file__).parent
 
 
+RATED = ("SEXUALLY_EXPLICIT", "HATE_SPEECH", "HARASSMENT", "DANGEROUS_CONTENT")
+"""In the order of the hosted service."""
+
+
 def test_the_curl_blocks(real_server: Server, tmp_path: Path) -> None:
     environment = {
         **os.environ,
@@ -39,6 +43,8 @@ def test_the_curl_blocks(real_server: Server, tmp_path: Path) -> None:
     assert done["metadata"]["snapshots"][-1]["step"] == 38
     assert run("state.sh").strip() == '"state": "ACTIVE",'
     candidate = json.loads(run("generate.sh"))["candidates"][0]
+    ratings = [rating["category"] for rating in candidate.pop("safetyRatings")]
+    assert ratings == [f"HARM_CATEGORY_{name}" for name in RATED]
     assert candidate == {
         "content": {"parts": [{"text": "LXIV"}], "role": "model"},
         "finishReason": "STOP",
