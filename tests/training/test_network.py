@@ -250,7 +250,7 @@ def test_without_a_compiler_torch_does_it(tmp_path: Path, monkeypatch: pytest.Mo
     for compiler in ("false", "no-such-compiler"):
         monkeypatch.setenv("CC", compiler)
         assert isinstance(passes.find(CPU, torch.bfloat16, tmp_path), TorchKernels)
-    assert not list(tmp_path.iterdir())
+    assert {left.suffix for left in tmp_path.iterdir()} <= {".lock"}
     assert isinstance(passes.find(CPU, torch.float32, tmp_path), TorchKernels)
 
 
