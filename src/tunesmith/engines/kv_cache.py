@@ -17,9 +17,12 @@ class KVCache:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._clear()
+
+    def _clear(self) -> None:
         self.lengths: list[int] = []
         """Tokens seen by each row."""
-        self._device = device
         self._free: list[int] = []
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._capacity = (1, BLOCK)
@@ -43,7 +46,7 @@ class KVCache:
         """End a row; the memory of all is freed with the last one."""
         self._free.append(row)
         if len(self._free) == len(self.lengths):
-            self.__init__(self._device)  # type: ignore[misc]
+            self._clear()
 
     def begin(self, rows: Sequence[int], width: int) -> torch.Tensor:
         """Make room for `width` more tokens in some rows and return their positions, [rows, width]."""
