@@ -4,11 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import tiny
 from engines.client import Base, Client
+from engines.packed_models import CPU, GEMMA, LLAMA
 from tunesmith.base_models import weights
 from tunesmith.engines import torch_engine
+from tunesmith.kernels.decoding import DecodingKernels
 from tunesmith.store.artifacts import ArtifactStore
 
 
@@ -65,3 +68,24 @@ def gemma_client(gemma: Base, float32: None) -> Iterator[Client]:
 def float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact enough that the answers are the oracle's token by token."""
     monkeypatch.setattr(torch_engine, "compute_dtype", lambda device: torch.float32)
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> DecodingKernels:
+    found = DecodingKernels.find(CPU, torch.bfloat16, tmp_path_factory.mktemp("kernels"))
+    if found is None:
+        pytest.skip("this machine has no matrix unit or no compiler")
+    return found
+
+
+@pytest.fixture(scope="session", params=["gemma3", "llama"])
+def packed_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a model with random weights lies that is large enough for the matrix unit."""
+    torch.manual_seed(0)
+    if request.param == "gemma3":
+        model: Any = transformers.Gemma3ForCausalLM(GEMMA)
+    else:
+        model = transformers.LlamaForCausalLM(LLAMA)
+    folder = tmp_path_factory.mktemp(request.param) / "models" / "random"
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder

@@ -14,6 +14,8 @@ import torch
 
 from tunesmith.base_models.prompts import FORMATS
 from tunesmith.base_models.weights import Weights
+from tunesmith.engines import drafts
+from tunesmith.engines.drafts import OutputTrie
 from tunesmith.engines.lora import Adapter
 from tunesmith.engines.metrics import EngineMetrics
 from tunesmith.engines.probe import check_base, check_probe
@@ -22,6 +24,9 @@ from tunesmith.store.artifacts import ArtifactStore
 
 PREFIX = "base_model.model."
 """What PEFT puts before a module's path."""
+
+NAMES = ("adapter_config.json", "adapter_model.safetensors")
+"""Files that say what it computes."""
 
 PLAIN = {"bias": "none", "peft_type": "LORA"}
 """Values of PEFT's settings that leave the computation as it is."""
@@ -132,15 +137,18 @@ def load(artifacts: ArtifactStore, path: str, base: Base) -> Adapter:
     if manifest.get("prompt_format") not in FORMATS:
         raise Internal(f"Adapter {path} names the unknown prompt format {manifest.get('prompt_format')!r}.")
     files = artifacts.read(path)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in NAMES:
         if name not in files:
             raise Internal(f"Adapter {path} lacks its file {name}.")
     config = json.loads(files["adapter_config.json"])
+    outputs = files.get(drafts.FILE)
     tensors = safetensors.torch.load(files["adapter_model.safetensors"])
     read = Adapter(
         factors=_factors(path, config, tensors, base),
         rank=config["r"],
         prompt_format=manifest["prompt_format"],
+        content="".join(manifest["files"][name] for name in NAMES),
+        outputs=OutputTrie.read(outputs) if outputs else None,
     )
     adapter = base.prepare(read)
     check_probe(path, manifest, lambda tokens, length: base.logprob(tokens, length, adapter))

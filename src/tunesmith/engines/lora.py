@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from tunesmith.engines.drafts import OutputTrie
 from tunesmith.engines.linear import linear as make_linear
 
 KEPT_SELECTIONS = 4
@@ -22,11 +23,15 @@ class Adapter:
         factors: By module path, A [rank, in] and B [out, rank] in float32, the scale folded into B.
         rank: The rank of all of them.
         prompt_format: Name of the prompt format that it was trained with.
+        content: The same for adapters that compute the same; empty when that is not known.
+        outputs: What it was tuned on; None when that is not known.
     """
 
     factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     rank: int
     prompt_format: str
+    content: str = ""
+    outputs: OutputTrie | None = None
 
 
 @dataclass(frozen=True)

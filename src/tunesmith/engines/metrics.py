@@ -37,7 +37,17 @@ class EngineMetrics:
             buckets=SECONDS,
             **own,
         )
-        self.prompt_tokens = Counter("tunesmith_prompt_tokens", "Tokens of prompts that were computed.", **own)
+        self.prompt_tokens = Counter("tunesmith_prompt_tokens", "Tokens of prompts that were answered.", **own)
+        self.recalled_tokens = Counter(
+            "tunesmith_recalled_prompt_tokens",
+            "Tokens of prompts whose keys and values were known from earlier requests.",
+            **own,
+        )
+        self.guesses = Counter(
+            "tunesmith_guessed_tokens",
+            "Tokens that were guessed and compared with what the model chose: right, wrong.",
+            **own | {"labelnames": ["model", "result"]},
+        )
         self.output_tokens = Counter(
             "tunesmith_output_tokens", "Tokens that were computed for answers, ends counted.", **own
         )

@@ -24,12 +24,16 @@ class ModuleSlot:
 class ModuleNetwork:
     """See `network.Network`.
 
+    A token's last bits depend on how many come with it, so nothing is guessed here.
+
     Args:
         model: transformers' own, or `decoder.CausalLM`; its linear layers are changed to add adapters.
         weights: Where it comes from.
         device: Where it is.
         dtype: Number format of its weights.
     """
+
+    step = 1
 
     def __init__(self, model: Any, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
@@ -56,6 +60,14 @@ class ModuleNetwork:
         self._cache.give_back(slot.row)
         if not self._cache.lengths:
             self._mix.clear()
+
+    def recall(self, slot: ModuleSlot, prompt: Sequence[int], adapter: Adapter | None) -> None:
+        """See `network.Network`; nothing is kept."""
+
+    def take_back(self, slot: ModuleSlot, count: int) -> None:
+        """See `network.Network`."""
+        slot.length -= count
+        self._cache.lengths[slot.row] -= count
 
     def blocks(self) -> tuple[int, int]:
         """See `network.Network`."""

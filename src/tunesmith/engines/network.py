@@ -10,13 +10,11 @@ from tunesmith.engines.lora import Adapter
 
 
 class Slot(Protocol):
-    """The keys and values of one request.
+    """The keys and values of one request."""
 
-    Attributes:
-        length: Tokens that they are of.
-    """
-
-    length: int
+    @property
+    def length(self) -> int:
+        """Tokens that they are of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +26,14 @@ class Piece:
         tokens: Ids, at least one.
         adapter: None for the base model itself.
         wanted: Of how many of the last tokens the hidden states are wanted.
+        guessed: How many of the last tokens may be taken back.
     """
 
     slot: Any
     tokens: Sequence[int]
     adapter: Adapter | None
     wanted: int = 1
+    guessed: int = 0
 
 
 class Network(Protocol):
@@ -42,9 +42,12 @@ class Network(Protocol):
     Attributes:
         longest: Tokens that it can hold of one request.
         linears: Path of each linear layer that an adapter may change, with its numbers of inputs and outputs.
+        step: A pass takes as long for so many tokens as for one, and a token is the same to the last bit whether
+            it comes alone or with others; 1 where that is not so.
     """
 
     longest: int
+    step: int
     linears: dict[str, tuple[int, int]]
 
     def prepare(self, adapter: Adapter) -> Adapter:
@@ -59,6 +62,15 @@ class Network(Protocol):
 
     def close(self, slot: Any) -> None:
         """Give a slot's memory back."""
+
+    def recall(self, slot: Any, prompt: Sequence[int], adapter: Adapter | None) -> None:
+        """Let an empty slot have seen what is known of a prompt's beginning; the last token never is.
+
+        What it sees from then on becomes known, and stays so for as long as there is room.
+        """
+
+    def take_back(self, slot: Any, count: int) -> None:
+        """Let a slot not have seen the last of the tokens that were guessed in the last pass."""
 
     def blocks(self) -> tuple[int, int]:
         """Return how many blocks hold keys and values, and how many there are; 0 where memory has none."""

@@ -3,6 +3,8 @@
 A token comes out the same to the last bit whatever else is in its pass: rows are summed each in its own order.
 """
 
+import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +18,7 @@ from tunesmith.base_models.decoder import Layer as DecoderLayer
 from tunesmith.engines.block_pool import BlockPool, tables
 from tunesmith.engines.lora import Adapter
 from tunesmith.engines.network import Piece
-from tunesmith.kernels.decoding import DecodingKernels, Head, Kind, Layer, Layers, Mixes, Seen, Shape
+from tunesmith.kernels.decoding import BLOCK, DecodingKernels, Head, Kind, Layer, Layers, Mixes, Seen, Shape
 from tunesmith.kernels.products import TILE, Pair
 
 GROUPS = (
@@ -40,16 +42,24 @@ class PackedSlot:
     """See `network.Slot`.
 
     Attributes:
+        tokens: What it has seen.
         tables: The blocks of each kind of layer.
         promised: How many were set aside.
         firsts: The first block that is still held.
+        names: What its first blocks hold, if it remembers; the last is what the next one's is made of.
     """
 
     def __init__(self, promised: dict[str, int]) -> None:
-        self.length = 0
+        self.tokens: list[int] = []
+        self.names: list[bytes] = []
         self.promised = promised
         self.tables: dict[str, list[int]] = {kind: [] for kind in promised}
         self.firsts = dict.fromkeys(promised, 0)
+
+    @property
+    def length(self) -> int:
+        """See `network.Slot`."""
+        return len(self.tokens)
 
 
 class PackedNetwork:
@@ -61,6 +71,8 @@ class PackedNetwork:
         kv_bytes: Memory for all slots together.
         at_once: New tokens of a slot in one pass, at most.
     """
+
+    step = STEP
 
     def __init__(self, model: CausalLM, kernels: DecodingKernels, kv_bytes: int, at_once: int) -> None:
         self._kernels, self._at_once = kernels, at_once
@@ -138,8 +150,30 @@ class PackedNetwork:
 
     def close(self, slot: PackedSlot) -> None:
         """See `network.Network`."""
+        self._remember(slot, slot.length)
         for kind, pool in self._pools.items():
             pool.take_back(slot.promised[kind], slot.tables[kind][slot.firsts[kind] :])
+
+    def recall(self, slot: PackedSlot, prompt: Sequence[int], adapter: Adapter | None) -> None:
+        """See `network.Network`."""
+        if adapter is not None and not adapter.content:
+            return
+        slot.names = [adapter.content.encode() if adapter else b""]
+        names = [*slot.names]
+        for start in range(0, (len(prompt) - 1) // BLOCK * BLOCK, BLOCK):
+            names.append(_name(names[-1], prompt[start : start + BLOCK]))
+            if not any(pool.known(names[-1]) for pool in self._pools.values()):
+                break
+        count = self._recallable(names[1:])
+        for kind, pool in self._pools.items():
+            first = pool.first(count * BLOCK)
+            slot.tables[kind] = [0] * first + pool.share(names[first + 1 : count + 1])
+            slot.firsts[kind] = first
+        slot.tokens, slot.names = list(prompt[: count * BLOCK]), names[: count + 1]
+
+    def take_back(self, slot: PackedSlot, count: int) -> None:
+        """See `network.Network`."""
+        del slot.tokens[slot.length - count :]
 
     def blocks(self) -> tuple[int, int]:
         """See `network.Network`."""
@@ -187,10 +221,31 @@ class PackedNetwork:
         self._kernels.decode(x, self._layers, Seen(*common), kinds, self._mixed(pieces, starts))
         for piece in pieces:
             slot: PackedSlot = piece.slot
-            slot.length += len(piece.tokens)
+            slot.tokens += piece.tokens
+            certain = slot.length - piece.guessed
+            self._remember(slot, certain)
             for kind, pool in self._pools.items():
-                slot.firsts[kind] = pool.shed(slot.tables[kind], slot.firsts[kind], slot.length)
+                slot.firsts[kind] = pool.shed(slot.tables[kind], slot.firsts[kind], certain)
         return x
+
+    def _recallable(self, names: Sequence[bytes]) -> int:
+        """Return of how many of a text's first blocks all is known that tokens after them see."""
+        found, runs = 0, dict.fromkeys(self._pools, 0)
+        for count, name in enumerate(names, 1):
+            for kind, pool in self._pools.items():
+                runs[kind] = runs[kind] + 1 if pool.known(name) else 0
+            if all(runs[kind] >= count - pool.first(count * BLOCK) for kind, pool in self._pools.items()):
+                found = count
+        return found
+
+    def _remember(self, slot: PackedSlot, length: int) -> None:
+        """Name the blocks that a slot's first tokens fill; those that it lets go of stay known for a while."""
+        while slot.names and len(slot.names) * BLOCK <= length:
+            number = len(slot.names) - 1
+            slot.names.append(_name(slot.names[-1], slot.tokens[number * BLOCK : (number + 1) * BLOCK]))
+            for kind, pool in self._pools.items():
+                if number >= slot.firsts[kind]:
+                    pool.name(slot.tables[kind][number], slot.names[-1])
 
     def _blocks(self, pool: BlockPool, kind: str, pieces: Sequence[Piece]) -> Tensor:
         for piece in pieces:
@@ -272,6 +327,11 @@ class PackedNetwork:
                 a[first : first + adapter.rank] = factors[0]
                 b[out : out + outputs[number], first : first + adapter.rank] = factors[1]
         return Pair(self._kernels.pack(a, alone=True), self._kernels.pack(b, alone=True))
+
+
+def _name(before: bytes, tokens: Sequence[int]) -> bytes:
+    """Return a name for what a block holds: of the block before it, and of its own tokens."""
+    return hashlib.blake2b(before + array("i", tokens).tobytes(), digest_size=16).digest()
 
 
 def _packed(layer: DecoderLayer, kernels: DecodingKernels, pool: Tensor, kind: int) -> Layer:

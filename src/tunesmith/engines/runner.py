@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate, count
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from tunesmith import protos
 from tunesmith.base_models import decoder
 from tunesmith.base_models.weights import Weights
 from tunesmith.engines.admission import Admission
+from tunesmith.engines.drafts import Drafter, Guess, worth
 from tunesmith.engines.lora import Adapter
 from tunesmith.engines.metrics import EngineMetrics
 from tunesmith.engines.module_network import ModuleNetwork
@@ -39,6 +41,9 @@ from tunesmith.kernels.decoding import DecodingKernels
 
 CHUNK = 512
 """Tokens of one prefill pass: what the running requests wait for at most between two of their tokens."""
+
+LEAST_CHANCE = 0.1
+"""Of being right: a guess that is less likely is not worth its room."""
 
 SCORED_AT_ONCE = 64
 """Positions of a probe whose scores of the whole vocabulary are in memory together."""
@@ -71,6 +76,7 @@ class Request:
         prompt: Token ids, at least one.
         adapter: None for the base model itself.
         sampler: How tokens are chosen.
+        drafter: Guesses them.
         max_output_tokens: When to end, if no stop token comes first.
         stop_tokens: Ids that end the answer.
         gone: Set when nobody waits for the answer any more.
@@ -87,6 +93,7 @@ class Request:
     prompt: Sequence[int]
     adapter: Adapter | None
     sampler: Sampler
+    drafter: Drafter
     max_output_tokens: int
     stop_tokens: frozenset[int]
     gone: threading.Event
@@ -114,12 +121,18 @@ class Request:
             return self.end(Ended(protos.Candidate.STOP))
         self.tokens.append(chosen.token)
         self.sampler.take(chosen.token)
+        self.drafter.take(chosen.token)
         self.events.put((self.index, chosen))
         if self.sampler.finished:
             self.end(Ended(protos.Candidate.STOP))
         elif len(self.tokens) >= self.max_output_tokens or len(self.prompt) + len(self.tokens) >= longest:
             self.end(Ended(protos.Candidate.MAX_TOKENS))
         return None
+
+    @property
+    def left(self) -> int:
+        """How many tokens may still come."""
+        return self.max_output_tokens - len(self.tokens)
 
     def leave(self) -> bool:
         """Return whether the request has ended or nobody waits for it."""
@@ -484,37 +497,92 @@ class Runner:
 
     def _prefill_chunk(self, prefill: _Prefill) -> list[Chosen] | None:
         """Compute a chunk; return the answers' first tokens when the prompts are whole."""
-        start = prefill.done
-        hidden = self._network.forward(
-            [
-                Piece(request.slot, request.prompt[start : start + CHUNK], request.adapter)
-                for request in prefill.requests
-            ]
-        )
+        pieces = []
+        for request in prefill.requests:
+            if not request.slot.length:
+                self._network.recall(request.slot, request.prompt, request.adapter)
+                self._metrics.recalled_tokens.labels(self._label).inc(request.slot.length)
+            start = request.slot.length
+            pieces.append(Piece(request.slot, request.prompt[start : start + CHUNK], request.adapter))
+        hidden = self._network.forward(pieces)
         if prefill.done < len(prefill.requests[0].prompt):
             return None
-        return self._choose(hidden, prefill.requests)
+        samplers = [request.sampler for request in prefill.requests]
+        return _chosen(*self._scores(hidden, samplers), range(len(samplers)), samplers)
 
     def _decode(self) -> None:
-        """Compute one more token of every running request."""
+        """Compute one more token of every running request, and those after it that are guessed rightly."""
         if not self._running:
             return
         self._metrics.batch.labels(self._label).observe(len(self._running))
-        hidden = self._network.forward(
-            [Piece(request.slot, request.tokens[-1:], request.adapter) for request in self._running]
-        )
-        self._hand_out(self._running, self._choose(hidden, self._running))
+        guesses = self._guesses()
+        pieces = [
+            Piece(
+                request.slot,
+                [request.tokens[-1], *(guess.token for guess in guessed)],
+                request.adapter,
+                wanted=1 + len(guessed),
+                guessed=len(guessed),
+            )
+            for request, guessed in zip(self._running, guesses, strict=True)
+        ]
+        self._verify(self._network.forward(pieces), guesses)
 
-    def _choose(self, hidden: torch.Tensor, requests: Sequence[Request]) -> list[Chosen]:
-        """Choose the next token of each request."""
-        samplers = [request.sampler for request in requests]
+    def _guesses(self) -> list[list[Guess]]:
+        """Return what is guessed of each running request's next tokens, as far as it is worth its time."""
+        step = self._network.step
+        if step == 1:
+            return [[] for _ in self._running]
+        guesses = [request.drafter.guesses(min(request.left, step) - 1, LEAST_CHANCE) for request in self._running]
+        return [guessed[:count] for guessed, count in zip(guesses, worth(guesses, step), strict=True)]
+
+    def _verify(self, hidden: torch.Tensor, guesses: Sequence[Sequence[Guess]]) -> None:
+        """Hand out the next token of each running request, and what follows as long as the guesses are right.
+
+        Args:
+            hidden: Of each request's last token, and of each of its guesses.
+            guesses: Of each request.
+        """
+        samplers = [
+            request.sampler for request, guessed in zip(self._running, guesses, strict=True) for _ in [0, *guessed]
+        ]
+        scores, best = self._scores(hidden, samplers)
+        firsts = accumulate((1 + len(guessed) for guessed in guesses), initial=0)
+        going = list(zip(self._running, guesses, firsts, strict=False))
+        for place in count():
+            if not going:
+                break
+            requests = [request for request, *_ in going]
+            rows = [first + place for *_, first in going]
+            choices = _chosen(scores, best, rows, [request.sampler for request in requests])
+            self._hand_out(requests, choices)
+            still = []
+            for one, choice in zip(going, choices, strict=True):
+                request, guessed, _ = one
+                if self._right(request, guessed, place, choice) and not request.ended:
+                    still.append(one)
+                else:
+                    self._network.take_back(request.slot, len(guessed) - place)
+            going = still
+
+    def _right(self, request: Request, guessed: Sequence[Guess], place: int, choice: Chosen) -> bool:
+        """Return whether a place was guessed, and rightly."""
+        if place == len(guessed):
+            return False
+        right = guessed[place].token == choice.token
+        request.drafter.learn(guessed[place], right)
+        self._metrics.guesses.labels(self._label, "right" if right else "wrong").inc()
+        return right
+
+    def _scores(
+        self, hidden: torch.Tensor, samplers: Sequence[Sampler]
+    ) -> tuple[torch.Tensor, Sequence[int] | None]:
+        """Return scores from which the rows' samplers can choose, and the best ones where they choose those."""
         counts = [sampler.largest for sampler in samplers]
         if 0 in counts:
-            return choose(self._network.scores(hidden), samplers)
+            return self._network.scores(hidden), None
         scores, best = self._network.likeliest(hidden, counts)
-        if all(sampler.greedy for sampler in samplers):
-            return [Chosen(token) for token in best]
-        return choose(scores, samplers)
+        return scores, best if all(sampler.greedy for sampler in samplers) else None
 
     def _hand_out(self, requests: Sequence[Request], choices: Sequence[Chosen]) -> None:
         self._metrics.output_tokens.labels(self._label).inc(len(requests))
@@ -572,6 +640,22 @@ class Runner:
             targets = answer[start : start + SCORED_AT_ONCE]
             total -= float(functional.cross_entropy(scores, targets, reduction="sum"))
         return total / len(answer)
+
+
+def _chosen(
+    scores: torch.Tensor, best: Sequence[int] | None, rows: Sequence[int], samplers: Sequence[Sampler]
+) -> list[Chosen]:
+    """Choose the next token of some rows.
+
+    Args:
+        scores: Of all rows; changed in place.
+        best: The likeliest of each, where they are chosen.
+        rows: Which.
+        samplers: Theirs.
+    """
+    if best is not None:
+        return [Chosen(best[row]) for row in rows]
+    return choose(scores if len(rows) == len(scores) else scores[list(rows)], samplers)
 
 
 class _NoRoom(Exception):

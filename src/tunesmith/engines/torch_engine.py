@@ -22,6 +22,7 @@ from tunesmith.engines.admission import Admission
 from tunesmith.engines.answer import Answer
 from tunesmith.engines.base import Chunk, Sampling
 from tunesmith.engines.constraint import Constraints
+from tunesmith.engines.drafts import Drafter
 from tunesmith.engines.metrics import EngineMetrics
 from tunesmith.engines.runner import Ended, Events, Request, Runner, closing
 from tunesmith.engines.sampling import Sampler
@@ -103,8 +104,20 @@ class TorchEngine:
             stop_tokens, most = prompt_format.stop_tokens(tokenizer), sampling.max_output_tokens
             samplers = self._samplers(sampling, prompt_format, runner.weights, stop_tokens)
             events: Events = SimpleQueue()
+            outputs = loaded.outputs if loaded else None
             requests = [
-                Request(prompt, loaded, sampler, most, stop_tokens, gone, events, index, caller)
+                Request(
+                    prompt,
+                    loaded,
+                    sampler,
+                    Drafter(outputs, prompt),
+                    most,
+                    stop_tokens,
+                    gone,
+                    events,
+                    index,
+                    caller,
+                )
                 for index, sampler in enumerate(samplers)
             ]
             answers = [Answer(tokenizer, prompt_format.answer, sampling) for _ in requests]

@@ -354,10 +354,7 @@ class Worker:
                 f"The operation was cancelled after step {run.step} of {run.total_steps}. The model is usable "
                 "with the weights it had then, but unpredictable; delete it when you do not need it."
             )
-        files, finish = (
-            run.adapter.to_files(claim.base),
-            partial(self._queue.finish, error=error, stopped_at=stopped_at),
-        )
+        files, finish = run.files(), partial(self._queue.finish, error=error, stopped_at=stopped_at)
         about = {**run.manifest(), "started_from": claim.start}
         pause = POLL_SECONDS
         while True:

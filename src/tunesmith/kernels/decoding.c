@@ -6,148 +6,158 @@
 
 #if defined(__AMX_BF16__) && defined(__linux__)
 
-enum { BLOCK = 32 /* tokens */, FEW = 8 /* new tokens of a request: more of them are attended to on the matrix unit */ };
+enum { BLOCK = 32 /* tokens */ };
 
-/* A layer's keys and values: `pool` has blocks of 32 tokens' keys and, as many, values, (block, 2, token, key, size).
-   A request's `table` names its blocks in the order of its tokens. */
+/* A layer's keys and values: `pool` has blocks of 32 tokens, and of each the keys and as many values of each head, as the
+   tiles that products take: keys across, values down. A request's `table` names its blocks in the order of its tokens. */
 typedef struct {
     bf16 *pool;
     ptrdiff_t keys, size;
 } Pool;
 
-static inline bf16 *place(const Pool *p, const int64_t *table, ptrdiff_t token, ptrdiff_t value) {
-    return p->pool + ((table[token / BLOCK] * 2 + value) * BLOCK + token % BLOCK) * p->keys * p->size;
+static inline bf16 *tiles_of(const Pool *p, const int64_t *table, ptrdiff_t block, ptrdiff_t shared, ptrdiff_t value) {
+    return p->pool + ((table[block] * 2 + value) * p->keys + shared) * BLOCK * p->size;
 }
 
-/* What one new token's heads that share a key gather, of the tokens from `from` to its own. */
-static void attend_one(const Pool *p, const int64_t *table, ptrdiff_t shared, ptrdiff_t from, ptrdiff_t own, ptrdiff_t group,
-                       const bf16 *query, float scale, bf16 *gathered) {
-    ptrdiff_t size = p->size, count = own + 1 - from;
-    float scores[group][count], out[size] __attribute__((aligned(64)));
+/* Store the keys and values of `count` tokens of a block, from its token `first` on, for the head `shared`. A block that
+   begins is emptied: what is left of others would be multiplied by 0, and 0 times a NaN is NaN. */
+static void store(const Pool *p, const int64_t *table, ptrdiff_t block, ptrdiff_t first, ptrdiff_t count, ptrdiff_t shared,
+                  const bf16 *key, ptrdiff_t key_stride, const bf16 *value, ptrdiff_t value_stride) {
+    bf16 *keys = tiles_of(p, table, block, shared, 0), *values = tiles_of(p, table, block, shared, 1);
+    if (first == 0) memset(values, 0, (size_t)(BLOCK * p->size) * sizeof(bf16));
+    if (count == BLOCK) {
+        pack_across(count, key, key_stride, p->size, keys);
+        pack_down(count, value, value_stride, p->size, values);
+        return;
+    }
     for (ptrdiff_t i = 0; i < count; i++) {
-        const bf16 *key = place(p, table, from + i, 0) + shared * size;
-        for (ptrdiff_t head = 0; head < group; head++) {
-            __m512 even = _mm512_setzero_ps(), odd = even;
-            for (ptrdiff_t d = 0; d < size; d += 64) {
-                even = _mm512_dpbf16_ps(even, (__m512bh)_mm512_loadu_si512(query + head * size + d), (__m512bh)_mm512_loadu_si512(key + d));
-                odd = _mm512_dpbf16_ps(odd, (__m512bh)_mm512_loadu_si512(query + head * size + d + 32), (__m512bh)_mm512_loadu_si512(key + d + 32));
-            }
-            scores[head][i] = scale * _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
-        }
-    }
-    for (ptrdiff_t head = 0; head < group; head++) {
-        float *line = scores[head], largest = -INFINITY, sum = 0.0f;
-#pragma omp simd reduction(max : largest)
-        for (ptrdiff_t i = 0; i < count; i++) largest = line[i] > largest ? line[i] : largest;
-        for (ptrdiff_t i = 0; i < count; i++) sum += line[i] = power(line[i] - largest);
-        for (ptrdiff_t d = 0; d < size; d++) out[d] = 0.0f;
-        for (ptrdiff_t i = 0; i < count; i++) {
-            const bf16 *value = place(p, table, from + i, 1) + shared * size;
-            /* Rounded as the matrix unit rounds it, so that a token is the same however many come with it. */
-            float share = wide(narrow(line[i] / sum));
-            for (ptrdiff_t d = 0; d < size; d++) out[d] += share * wide(value[d]);
-        }
-        for (ptrdiff_t d = 0; d < size; d++) gathered[head * size + d] = narrow(out[d]);
+        ptrdiff_t token = first + i;
+        bf16 *across = keys + token / 16 * 16 * p->size + token % 16 * 2, *down = values + token / 2 * 32 + token % 2;
+        for (ptrdiff_t d = 0; d < p->size; d += 2) memcpy(across + d * 16, key + i * key_stride + d, 2 * sizeof(bf16));
+        for (ptrdiff_t d = 0; d < p->size; d++) down[d / 16 * TILE + d % 16 * 2] = value[i * value_stride + d];
     }
 }
 
-/* 16 of a request's new tokens from `first` on, for one head; `key` and `value` are packed from the token `from` on. */
-static void attend_some(ptrdiff_t from, ptrdiff_t first, ptrdiff_t count, ptrdiff_t window, ptrdiff_t size, const bf16 *key,
-                        const bf16 *value, const bf16 *query, ptrdiff_t query_stride, float scale, bf16 *gathered, ptrdiff_t stride) {
-    ptrdiff_t low = first + 1 > window ? first + 1 - window : 0, skip = (low > from ? low - from : 0) / 32 * 32;
-    ptrdiff_t begin = from + skip, end = first + count, tiles = size / 32, chunks = (end - begin + 31) / 32, width = chunks * 32;
+/* A request's new tokens, of which each has `group` queries that share a key. */
+typedef struct {
+    const int64_t *table;
+    ptrdiff_t seen, count, window, group, shared;
+} Asking;
+
+/* Scores, and shares of the values, of one row of a product: the token `own`, where the first of `width` is `begin`. Sums
+   are made lane by lane of whole blocks, so that they are the same whatever else is in the product. */
+static void share(ptrdiff_t own, ptrdiff_t begin, ptrdiff_t width, ptrdiff_t window, float scale, float *restrict line, bf16 *shares) {
+    ptrdiff_t from = own + 1 > window + begin ? own + 1 - window - begin : 0, to = own + 1 - begin;
+    float largest = -INFINITY;
+    __m512 sum = _mm512_setzero_ps();
+#pragma omp simd reduction(max : largest)
+    for (ptrdiff_t j = from; j < to; j++) largest = line[j] > largest ? line[j] : largest;
+    for (ptrdiff_t j = 0; j < width; j++) {
+        float e = power(scale * line[j] - scale * largest);
+        line[j] = j >= from && j < to ? e : 0.0f;
+    }
+    for (ptrdiff_t j = 0; j < width; j += 16) sum = _mm512_add_ps(sum, _mm512_load_ps(line + j));
+    float by = 1.0f / _mm512_reduce_add_ps(sum);
+    for (ptrdiff_t j = 0; j < width; j++) line[j] *= by;
+    for (ptrdiff_t j = 0; j < width; j += 32) _mm512_store_si512(shares + j / 32 * TILE, narrow_32(line + j, line + j + 16));
+}
+
+/* sums = 16 queries times the 32 keys of each of two blocks. */
+static inline void meet_two(ptrdiff_t tiles, const bf16 *queries, const bf16 *one, const bf16 *two, float *sums) {
+    zero();
+    for (ptrdiff_t i = 0; i < tiles * TILE; i += TILE) {
+        _tile_loadd(7, queries + i, 64);
+        _tile_loadd(4, one + i, 64);
+        _tile_dpbf16ps(0, 7, 4);
+        _tile_loadd(5, one + tiles * TILE + i, 64);
+        _tile_dpbf16ps(1, 7, 5);
+        _tile_loadd(6, two + i, 64);
+        _tile_dpbf16ps(2, 7, 6);
+        _tile_loadd(4, two + tiles * TILE + i, 64);
+        _tile_dpbf16ps(3, 7, 4);
+    }
+    suspend(sums);
+}
+
+/* Add 16 rows of shares times 32 values, four times 16 numbers of these, to the tiles 0 to 3. */
+static inline void add_values(const bf16 *shares, const bf16 *values) {
+    _tile_loadd(7, shares, 64);
+    _tile_loadd(4, values, 64);
+    _tile_dpbf16ps(0, 7, 4);
+    _tile_loadd(5, values + TILE, 64);
+    _tile_dpbf16ps(1, 7, 5);
+    _tile_loadd(6, values + 2 * TILE, 64);
+    _tile_dpbf16ps(2, 7, 6);
+    _tile_loadd(4, values + 3 * TILE, 64);
+    _tile_dpbf16ps(3, 7, 4);
+}
+
+/* What up to 16 queries gather, of the request's `group` queries of each of its tokens, from the `first` of all on. */
+static void attend(const Pool *p, const Asking *a, ptrdiff_t first, const bf16 *queries, ptrdiff_t stride, float scale,
+                   bf16 *gathered, ptrdiff_t gathered_stride) {
+    ptrdiff_t all = a->count * a->group, rows = all - first < 16 ? all - first : 16, tiles = p->size / 32;
+    ptrdiff_t low = a->seen + first / a->group + 1 - a->window, begin = low > 0 ? low / BLOCK : 0;
+    ptrdiff_t chunks = (a->seen + (first + rows - 1) / a->group) / BLOCK + 1 - begin, width = chunks * BLOCK;
     bf16 left[tiles * TILE] __attribute__((aligned(64))), shares[chunks * TILE] __attribute__((aligned(64)));
     float scores[16 * width] __attribute__((aligned(64))), sums[1024] __attribute__((aligned(64)));
-    pack_left(count, query, query_stride, size, left);
-    score((end - begin + 15) / 16 - 1, tiles, left, key + skip / 16 * tiles * TILE, scores, width);
+    memset(left, 0, sizeof left);
     memset(shares, 0, sizeof shares);
-    for (ptrdiff_t i = 0; i < count; i++) {
-        float *restrict line = scores + i * width, largest = -INFINITY, sum = 0.0f;
-        ptrdiff_t own = first + i, a = own + 1 > window + begin ? own + 1 - window - begin : 0, b = own + 1 - begin;
-#pragma omp simd reduction(max : largest)
-        for (ptrdiff_t j = a; j < b; j++) largest = line[j] > largest ? line[j] : largest;
-        for (ptrdiff_t j = a; j < b; j++) sum += line[j] = power(scale * line[j] - scale * largest);
-        for (ptrdiff_t j = 0; j < a; j++) line[j] = 0.0f;
-        for (ptrdiff_t j = b; j < width; j++) line[j] = 0.0f;
-        for (ptrdiff_t j = 0; j < width; j++) line[j] /= sum;
-        for (ptrdiff_t j = 0; j < width; j += 32)
-            _mm512_store_si512(shares + j / 32 * TILE + i * 32, narrow_32(line + j, line + j + 16));
+    for (ptrdiff_t row = 0; row < rows; row++) {
+        const bf16 *query = queries + (first + row) / a->group * stride + (first + row) % a->group * p->size;
+        for (ptrdiff_t i = 0; i < tiles; i++) _mm512_store_si512(left + i * TILE + row * 32, _mm512_loadu_si512(query + i * 32));
     }
-    for (ptrdiff_t d = 0; d < size; d += 64) {
-        gather(chunks, shares, value + (skip / 32 * (size / 16) + d / 16) * TILE, size / 16, 0, sums);
-        spill(count, sums, gathered + d, stride);
+    for (ptrdiff_t i = 0; i < chunks; i += 2) {
+        ptrdiff_t next = i + 1 < chunks ? i + 1 : i; /* the last one's are computed twice where it is alone */
+        meet_two(tiles, left, tiles_of(p, a->table, begin + i, a->shared, 0), tiles_of(p, a->table, begin + next, a->shared, 0), sums);
+        for (ptrdiff_t row = 0; row < rows; row++)
+            for (ptrdiff_t part = 0; part < 4 && i * BLOCK + part * 16 < width; part++)
+                _mm512_store_ps(scores + row * width + i * BLOCK + part * 16, _mm512_load_ps(sums + part * 256 + row * 16));
     }
-}
-
-/* Where a request's keys and values that are seen begin: with a whole block. */
-static inline ptrdiff_t seen_from(ptrdiff_t seen, ptrdiff_t window) { return (seen + 1 > window ? seen + 1 - window : 0) / BLOCK * BLOCK; }
-
-/* How many bfloat16 numbers `attend_cached` needs beside its arguments. */
-ptrdiff_t cache_scratch(ptrdiff_t requests, ptrdiff_t keys, ptrdiff_t size, ptrdiff_t window, const int64_t *counts, const int64_t *seen) {
-    ptrdiff_t tokens = 0;
-    for (ptrdiff_t r = 0; r < requests; r++)
-        if (counts[r] >= FEW) tokens += (seen[r] + counts[r] - seen_from(seen[r], window) + BLOCK - 1) / BLOCK * BLOCK;
-    return tokens * keys * size * 2;
+    for (ptrdiff_t row = 0; row < rows; row++)
+        share(a->seen + (first + row) / a->group, begin * BLOCK, width, a->window, scale, scores + row * width, shares + row * 32);
+    for (ptrdiff_t d = 0; d < p->size; d += 64) {
+        zero();
+        for (ptrdiff_t i = 0; i < chunks; i++) add_values(shares + i * TILE, tiles_of(p, a->table, begin + i, a->shared, 1) + d / 16 * TILE);
+        suspend(sums);
+        for (ptrdiff_t row = 0; row < rows; row++) {
+            bf16 *to = gathered + (first + row) / a->group * gathered_stride + (first + row) % a->group * p->size + d;
+            _mm512_storeu_si512(to, narrow_32(sums + row * 16, sums + 256 + row * 16));
+            _mm512_storeu_si512(to + 32, narrow_32(sums + 512 + row * 16, sums + 768 + row * 16));
+        }
+    }
 }
 
 /* Store the new tokens' keys and values, and attend. Of each request: `counts` new tokens, which begin at `starts` in
    `turned` (token, queries and keys, size) and `heads` (token, queries and keys and values, size), after `seen` ones; and
    `tables`, `most` blocks wide. A token sees itself and window - 1 before it. */
-void attend_cached(ptrdiff_t requests, ptrdiff_t queries, ptrdiff_t keys, ptrdiff_t size, ptrdiff_t window, ptrdiff_t most,
-                   const int64_t *starts, const int64_t *counts, const int64_t *seen, const int64_t *tables, bf16 *pool,
-                   const bf16 *turned, const bf16 *heads, float scale, bf16 *scratch, bf16 *gathered) {
-    ptrdiff_t turning = queries + keys, all = turning + keys, group = queries / keys, tiles = size / 32, longest = 0;
-    int64_t packed[requests + 1]; /* where in `scratch` a request's are, in tokens */
+static void attend_cached(ptrdiff_t requests, ptrdiff_t queries, ptrdiff_t keys, ptrdiff_t size, ptrdiff_t window, ptrdiff_t most,
+                          const int64_t *starts, const int64_t *counts, const int64_t *seen, const int64_t *tables, bf16 *pool,
+                          const bf16 *turned, const bf16 *heads, float scale, bf16 *gathered) {
+    ptrdiff_t turning = queries + keys, all = turning + keys, group = queries / keys, longest = 0;
     Pool p = {pool, keys, size};
-    packed[0] = 0;
-    for (ptrdiff_t r = 0; r < requests; r++) {
-        ptrdiff_t tokens = (seen[r] + counts[r] - seen_from(seen[r], window) + BLOCK - 1) / BLOCK * BLOCK;
-        packed[r + 1] = packed[r] + (counts[r] >= FEW ? tokens : 0);
-        longest = counts[r] > longest ? counts[r] : longest;
-    }
+    for (ptrdiff_t r = 0; r < requests; r++) longest = counts[r] > longest ? counts[r] : longest;
 #pragma omp parallel
     {
         configure();
-#pragma omp for schedule(static)
+#pragma omp for collapse(3) schedule(static)
         for (ptrdiff_t r = 0; r < requests; r++)
-            for (ptrdiff_t i = 0; i < counts[r]; i++) {
-                ptrdiff_t token = starts[r] + i;
-                memcpy(place(&p, tables + r * most, seen[r] + i, 0), turned + (token * turning + queries) * size, (size_t)(keys * size) * sizeof(bf16));
-                memcpy(place(&p, tables + r * most, seen[r] + i, 1), heads + (token * all + turning) * size, (size_t)(keys * size) * sizeof(bf16));
-            }
-#pragma omp for collapse(2) schedule(dynamic)
-        for (ptrdiff_t r = 0; r < requests; r++)
-            for (ptrdiff_t shared = 0; shared < keys; shared++) {
-                ptrdiff_t from = seen_from(seen[r], window), end = seen[r] + counts[r];
-                bf16 *key = scratch + (packed[r] * keys + shared * (packed[r + 1] - packed[r])) * size * 2;
-                bf16 *value = key + (packed[r + 1] - packed[r]) * size;
-                if (counts[r] < FEW) {
-                    for (ptrdiff_t i = 0; i < counts[r]; i++) {
-                        ptrdiff_t own = seen[r] + i, first = own + 1 > window ? own + 1 - window : 0, token = starts[r] + i;
-                        attend_one(&p, tables + r * most, shared, first, own, group, turned + (token * turning + shared * group) * size,
-                                   scale, gathered + (token * queries + shared * group) * size);
-                    }
-                    continue;
+            for (ptrdiff_t shared = 0; shared < keys; shared++)
+                for (ptrdiff_t i = 0; i < longest / BLOCK + 2; i++) {
+                    ptrdiff_t block = seen[r] / BLOCK + i, end = seen[r] + counts[r], from = block * BLOCK;
+                    ptrdiff_t first = from < seen[r] ? seen[r] : from, last = end < from + BLOCK ? end : from + BLOCK;
+                    if (first >= last) continue;
+                    ptrdiff_t token = starts[r] + first - seen[r];
+                    store(&p, tables + r * most, block, first - from, last - first, shared, turned + (token * turning + queries + shared) * size,
+                          turning * size, heads + (token * all + turning + shared) * size, all * size);
                 }
-                for (ptrdiff_t token = from; token < end; token += BLOCK) {
-                    ptrdiff_t count = end - token < BLOCK ? end - token : BLOCK;
-                    bf16 *across = key + (token - from) / 16 * tiles * TILE;
-                    if (count <= 16) memset(across + tiles * TILE, 0, (size_t)(tiles * TILE) * sizeof(bf16));
-                    pack_across(count, place(&p, tables + r * most, token, 0) + shared * size, keys * size, size, across);
-                    pack_down(count, place(&p, tables + r * most, token, 1) + shared * size, keys * size, size,
-                              value + (token - from) / 32 * (size / 16) * TILE);
-                }
-            }
 #pragma omp for collapse(3) schedule(dynamic)
         for (ptrdiff_t r = 0; r < requests; r++)
-            for (ptrdiff_t head = 0; head < queries; head++)
-                for (ptrdiff_t i = 0; i < longest; i += 16) {
-                    if (counts[r] < FEW || i >= counts[r]) continue;
-                    ptrdiff_t token = starts[r] + i, held = packed[r + 1] - packed[r];
-                    const bf16 *key = scratch + (packed[r] * keys + head / group * held) * size * 2;
-                    attend_some(seen_from(seen[r], window), seen[r] + i, counts[r] - i < 16 ? counts[r] - i : 16, window, size, key,
-                                key + held * size, turned + (token * turning + head) * size, turning * size, scale,
-                                gathered + (token * queries + head) * size, queries * size);
+            for (ptrdiff_t shared = 0; shared < keys; shared++)
+                for (ptrdiff_t first = 0; first < longest * group; first += 16) {
+                    if (first >= counts[r] * group) continue;
+                    Asking asking = {tables + r * most, seen[r], counts[r], window, group, shared};
+                    attend(&p, &asking, first, turned + (starts[r] * turning + shared * group) * size, turning * size, scale,
+                           gathered + (starts[r] * queries + shared * group) * size, queries * size);
                 }
         _tile_release();
     }
@@ -192,7 +202,7 @@ typedef struct {
 
 /* The parts of a pass's scratch. */
 typedef struct {
-    bf16 *normed, *heads, *turned, *gathered, *out, *both, *product, *low, *packed, *attention;
+    bf16 *normed, *heads, *turned, *gathered, *out, *both, *product, *low, *packed;
     float *inverse;
     ptrdiff_t total;
 } Parts;
@@ -217,14 +227,10 @@ static ptrdiff_t inputs(const Pass *p, int product) {
 
 static Parts parts_of(const Pass *p, bf16 *scratch) {
     Parts parts = {0};
-    ptrdiff_t packed = 0, ranks = 0, attention = 0;
+    ptrdiff_t packed = 0, ranks = 0;
     for (int i = 0; i < 4; i++) {
         packed = larger(packed, product_scratch(p->tokens, outputs(p, i), inputs(p, i), p->adapters, p->ranks[i]));
         ranks = larger(ranks, p->ranks[i]);
-    }
-    for (ptrdiff_t i = 0; i < p->layers; i++) {
-        ptrdiff_t window = p->kind[p->layer[i].kind].window;
-        attention = larger(attention, cache_scratch(p->requests, p->keys, p->size, window, p->counts, p->seen));
     }
     parts.normed = room(&parts, scratch, p->tokens * p->width);
     parts.heads = room(&parts, scratch, p->tokens * outputs(p, 0));
@@ -235,7 +241,6 @@ static Parts parts_of(const Pass *p, bf16 *scratch) {
     parts.product = room(&parts, scratch, p->tokens * p->middle);
     parts.low = room(&parts, scratch, p->adapters * p->tokens * ranks);
     parts.packed = room(&parts, scratch, packed);
-    parts.attention = room(&parts, scratch, attention);
     parts.inverse = (float *)room(&parts, scratch, 2 * p->tokens * (p->queries + p->keys));
     return parts;
 }
@@ -270,7 +275,7 @@ void decode(const Pass *p) {
         turn(p->tokens, p->queries + 2 * p->keys, p->queries + p->keys, p->size, parts.heads, kind->cosine, kind->sine, layer->turned,
              p->eps, parts.turned, parts.inverse);
         attend_cached(p->requests, p->queries, p->keys, p->size, kind->window, kind->most, p->starts, p->counts, p->seen, kind->tables,
-                      layer->pool, parts.turned, parts.heads, p->scale, parts.attention, parts.gathered);
+                      layer->pool, parts.turned, parts.heads, p->scale, parts.gathered);
         multiply_by(p, &parts, i, 1, parts.gathered, parts.out);
         go_on(p, &parts, layer->after_attention);
         norm(p->tokens, p->width, p->x, layer->before_mlp, p->eps, parts.normed, parts.inverse);
@@ -393,30 +398,51 @@ static float bound(ptrdiff_t words, ptrdiff_t count, const float *scores, const 
     return least;
 }
 
+/* The scores of up to 16 words as `head` computes them, to the last bit; `left` is the row, packed. */
+static void score_words(ptrdiff_t count, const int64_t *words, ptrdiff_t in, const bf16 *left, const bf16 *weight, float *scores) {
+    bf16 rows[16 * in] __attribute__((aligned(64))), packed[16 * in] __attribute__((aligned(64)));
+    float sums[1024] __attribute__((aligned(64)));
+    for (ptrdiff_t i = 0; i < count; i++) memcpy(rows + i * in, weight + words[i] * in, (size_t)in * sizeof(bf16));
+    pack_across(count, rows, in, in, packed);
+    meet(1, in / 32, left, packed, sums);
+    for (ptrdiff_t i = 0; i < count; i++) scores[words[i]] = sums[i];
+}
+
 /* Scores of a head of 8 bits made those of 16 wherever they may be among the `counts` largest of their row. A rounded
    weight is off by up to half a scale, evenly: a score's error has the deviation norm(x) x scale / sqrt(12), and is
    less than nine times that but for once in 10^18. The best word comes to `best`. */
 void refine(ptrdiff_t rows, ptrdiff_t words, ptrdiff_t in, const int64_t *counts, const bf16 *x, const bf16 *weight,
             const float *scales, float *scores, int64_t *best) {
-#pragma omp parallel for schedule(dynamic)
-    for (ptrdiff_t row = 0; row < rows; row++) {
-        float *own = scores + row * words, squares = 0.0f, top = -INFINITY;
-        for (ptrdiff_t d = 0; d < in; d++) squares += wide(x[row * in + d]) * wide(x[row * in + d]);
-        float by = 9.0f * sqrtf(squares / 12.0f), least = bound(words, counts[row], own, scales, by);
-        best[row] = 0;
-        for (ptrdiff_t word = 0; word < words; word += 16) {
-            __m512 high = _mm512_fmadd_ps(_mm512_set1_ps(by), _mm512_loadu_ps(scales + word), _mm512_loadu_ps(own + word));
-            __mmask16 may = _mm512_cmp_ps_mask(high, _mm512_set1_ps(least), _CMP_GE_OQ);
-            for (int i = 0; may; i++, may >>= 1) {
-                if (!(may & 1)) continue;
-                __m512 even = _mm512_setzero_ps();
-                for (ptrdiff_t d = 0; d < in; d += 32)
-                    even = _mm512_dpbf16_ps(even, (__m512bh)_mm512_loadu_si512(x + row * in + d),
-                                            (__m512bh)_mm512_loadu_si512(weight + (word + i) * in + d));
-                float exact = own[word + i] = _mm512_reduce_add_ps(even);
-                if (exact > top) top = exact, best[row] = word + i;
+#pragma omp parallel
+    {
+        configure();
+#pragma omp for schedule(dynamic)
+        for (ptrdiff_t row = 0; row < rows; row++) {
+            bf16 left[16 * in] __attribute__((aligned(64)));
+            float *own = scores + row * words, squares = 0.0f, top = -INFINITY;
+            int64_t found[32]; /* 16 are scored together, and 16 more may be found by then */
+            ptrdiff_t count = 0;
+            for (ptrdiff_t d = 0; d < in; d++) squares += wide(x[row * in + d]) * wide(x[row * in + d]);
+            float by = 9.0f * sqrtf(squares / 12.0f), least = bound(words, counts[row], own, scales, by);
+            pack_left(1, x + row * in, in, in, left);
+            best[row] = 0;
+            for (ptrdiff_t word = 0; word < words; word += 16) {
+                __m512 high = _mm512_fmadd_ps(_mm512_set1_ps(by), _mm512_loadu_ps(scales + word), _mm512_loadu_ps(own + word));
+                __mmask16 may = _mm512_cmp_ps_mask(high, _mm512_set1_ps(least), _CMP_GE_OQ);
+                if (!may && word + 16 < words) continue;
+                for (int i = 0; may; i++, may >>= 1)
+                    if (may & 1) found[count++] = word + i;
+                while (count >= 16 || (count && word + 16 >= words)) {
+                    ptrdiff_t some = count < 16 ? count : 16;
+                    score_words(some, found, in, left, weight, own);
+                    for (ptrdiff_t i = 0; i < some; i++)
+                        if (own[found[i]] > top) top = own[found[i]], best[row] = found[i];
+                    count -= some;
+                    memmove(found, found + some, (size_t)count * sizeof(int64_t));
+                }
             }
         }
+        _tile_release();
     }
 }
 

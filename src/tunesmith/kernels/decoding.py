@@ -77,7 +77,7 @@ class Layer(NamedTuple):
 
     Attributes:
         products: Of queries, keys and values; of what is gathered; of gate and up; down.
-        pool: (blocks, 2, BLOCK, keys, size).
+        pool: See `decoding.c`; (blocks, 2, keys, BLOCK x size).
         kind: The number of its kind.
     """
 

@@ -19,6 +19,8 @@ from tunesmith import protos
 from tunesmith.base_models import decoder
 from tunesmith.base_models.device import compute_dtype
 from tunesmith.base_models.weights import Weights
+from tunesmith.engines import drafts
+from tunesmith.engines.drafts import OutputTrie
 from tunesmith.errors import FailedPrecondition
 from tunesmith.kernels import passes
 from tunesmith.training import hyperparameters, memory
@@ -348,6 +350,12 @@ class TuningRun:
         """Return the mean log-probability of each row's answer."""
         losses, _ = self._network.evaluate(collate(rows, self._base.device))
         return [-part.mean().item() for part in torch.split(losses, [row.learnt for row in rows])]
+
+    def files(self) -> dict[str, bytes]:
+        """Return the adapter as it is served: PEFT's files, and what its answers are guessed from."""
+        texts = [(row.prompt + row.output, row.answers) for row in self._rows]
+        outputs = OutputTrie.of([text[start:end] for text, answers in texts for start, end in answers])
+        return {**self.adapter.to_files(self._base.weights.model.id), drafts.FILE: outputs.content}
 
     def manifest(self) -> dict[str, Any]:
         """Return what a server must know to use the adapter rightly."""
