@@ -316,62 +316,73 @@ static void split(ptrdiff_t in, const bf16 *x, int8_t *high, int8_t *low, float 
     }
 }
 
-/* y = x W^T in float for 16 rows; outputs are a multiple of 128. */
-void head(ptrdiff_t out, ptrdiff_t in, const bf16 *x, const bf16 *w, float *y, bf16 *scratch) {
-    pack_rows(0, 1, in, in / 32, x, scratch);
+/* y = x W^T in float for `groups` times 16 rows; outputs are a multiple of 128. What is read of W meets all rows. */
+void head(ptrdiff_t groups, ptrdiff_t out, ptrdiff_t in, const bf16 *x, const bf16 *w, float *y, bf16 *scratch) {
+    pack_rows(0, groups, in, in / 32, x, scratch);
 #pragma omp parallel
     {
         float sums[1024] __attribute__((aligned(64)));
         ptrdiff_t me = omp_get_thread_num(), all = omp_get_num_threads(), quarter = out / 64;
         configure();
-        for (ptrdiff_t block = quarter * me / all; block < quarter * (me + 1) / all; block++) {
-            zero();
-            multiply_few(in / 32, scratch, w + block * 16 * in, quarter * 16 * in);
-            suspend(sums);
-            for (ptrdiff_t row = 0; row < 16; row++)
-                for (ptrdiff_t part = 0; part < 4; part++)
-                    _mm512_storeu_ps(y + row * out + (block + part * quarter) * 16, _mm512_load_ps(sums + part * 256 + row * 16));
-        }
+        for (ptrdiff_t block = quarter * me / all; block < quarter * (me + 1) / all; block++)
+            for (ptrdiff_t group = 0; group < groups; group++) {
+                zero();
+                multiply_few(in / 32, scratch + group * 16 * in, w + block * 16 * in, quarter * 16 * in);
+                suspend(sums);
+                for (ptrdiff_t row = 0; row < 16; row++)
+                    for (ptrdiff_t part = 0; part < 4; part++)
+                        _mm512_storeu_ps(y + (group * 16 + row) * out + (block + part * quarter) * 16,
+                                         _mm512_load_ps(sums + part * 256 + row * 16));
+            }
         _tile_release();
     }
 }
 
+/* Add the products of 16 rows of two numbers of 8 bits each and of 16 outputs in each of two places to the tiles 0 to 3. */
+static inline void multiply_split(ptrdiff_t in, const int8_t *high, const int8_t *low, const int8_t *left, const int8_t *right) {
+    for (ptrdiff_t i = 0; i < 16 * in; i += 1024) {
+        fetch(left + i + 2 * AHEAD);
+        fetch(right + i + 2 * AHEAD);
+        _tile_loadd(4, left + i, 64);
+        _tile_loadd(6, high + i, 64);
+        _tile_dpbssd(0, 6, 4);
+        _tile_loadd(5, right + i, 64);
+        _tile_dpbssd(1, 6, 5);
+        _tile_loadd(7, low + i, 64);
+        _tile_dpbssd(2, 7, 4);
+        _tile_dpbssd(3, 7, 5);
+    }
+}
+
 /* The same with W of 8 bits. */
-void head_of_8_bits(ptrdiff_t out, ptrdiff_t in, const bf16 *x, const int8_t *w, const float *scales, float *y, int8_t *scratch) {
-    float x_scales[16];
-    int8_t *high = scratch, *low = scratch + 16 * in;
-    split(in, x, high, low, x_scales);
+void head_of_8_bits(ptrdiff_t groups, ptrdiff_t out, ptrdiff_t in, const bf16 *x, const int8_t *w, const float *scales, float *y,
+                    int8_t *scratch) {
+    float x_scales[groups * 16];
+    for (ptrdiff_t group = 0; group < groups; group++) {
+        int8_t *high = scratch + group * 32 * in;
+        split(in, x + group * 16 * in, high, high + 16 * in, x_scales + group * 16);
+    }
 #pragma omp parallel
     {
         int32_t sums[1024] __attribute__((aligned(64)));
         ptrdiff_t me = omp_get_thread_num(), all = omp_get_num_threads(), half = out / 32;
         configure();
-        for (ptrdiff_t block = half * me / all; block < half * (me + 1) / all; block++) {
-            const int8_t *left = w + block * 16 * in, *right = left + half * 16 * in;
-            zero();
-            for (ptrdiff_t i = 0; i < 16 * in; i += 1024) {
-                fetch(left + i + 2 * AHEAD);
-                fetch(right + i + 2 * AHEAD);
-                _tile_loadd(4, left + i, 64);
-                _tile_loadd(6, high + i, 64);
-                _tile_dpbssd(0, 6, 4);
-                _tile_loadd(5, right + i, 64);
-                _tile_dpbssd(1, 6, 5);
-                _tile_loadd(7, low + i, 64);
-                _tile_dpbssd(2, 7, 4);
-                _tile_dpbssd(3, 7, 5);
+        for (ptrdiff_t block = half * me / all; block < half * (me + 1) / all; block++)
+            for (ptrdiff_t group = 0; group < groups; group++) {
+                const int8_t *left = w + block * 16 * in, *high = scratch + group * 32 * in;
+                zero();
+                multiply_split(in, high, high + 16 * in, left, left + half * 16 * in);
+                suspend((float *)sums);
+                for (ptrdiff_t row = 0; row < 16; row++)
+                    for (ptrdiff_t part = 0; part < 2; part++) {
+                        ptrdiff_t word = (block + part * half) * 16;
+                        __m512 whole = _mm512_cvtepi32_ps(_mm512_load_si512(sums + part * 256 + row * 16));
+                        __m512 rest = _mm512_cvtepi32_ps(_mm512_load_si512(sums + 512 + part * 256 + row * 16));
+                        __m512 found = _mm512_fmadd_ps(rest, _mm512_set1_ps(1.0f / 256.0f), whole);
+                        __m512 scale = _mm512_mul_ps(_mm512_set1_ps(x_scales[group * 16 + row]), _mm512_loadu_ps(scales + word));
+                        _mm512_storeu_ps(y + (group * 16 + row) * out + word, _mm512_mul_ps(found, scale));
+                    }
             }
-            suspend((float *)sums);
-            for (ptrdiff_t row = 0; row < 16; row++)
-                for (ptrdiff_t part = 0; part < 2; part++) {
-                    ptrdiff_t word = (block + part * half) * 16;
-                    __m512 whole = _mm512_cvtepi32_ps(_mm512_load_si512(sums + part * 256 + row * 16));
-                    __m512 rest = _mm512_cvtepi32_ps(_mm512_load_si512(sums + 512 + part * 256 + row * 16));
-                    __m512 found = _mm512_fmadd_ps(rest, _mm512_set1_ps(1.0f / 256.0f), whole);
-                    __m512 scale = _mm512_mul_ps(_mm512_set1_ps(x_scales[row]), _mm512_loadu_ps(scales + word));
-                    _mm512_storeu_ps(y + row * out + word, _mm512_mul_ps(found, scale));
-                }
-        }
         _tile_release();
     }
 }

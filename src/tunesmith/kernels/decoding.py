@@ -258,13 +258,12 @@ class DecodingKernels(MatrixUnitKernels):
         rows, size = x.shape
         filled = x.new_zeros((-(-rows // ROWS) * ROWS, size))
         filled[:rows] = x
-        y, scratch = x.new_empty((len(filled), words), dtype=torch.float32), x.new_empty(ROWS * size)
-        for first in range(0, rows, ROWS):
-            part, found = filled[first : first + ROWS], y[first : first + ROWS]
-            if scales is None:
-                self._call("head", words, size, part, packed, found, scratch)
-            else:
-                self._call("head_of_8_bits", words, size, part, packed, scales, found, scratch)
+        y, scratch = x.new_empty((len(filled), words), dtype=torch.float32), torch.empty_like(filled)
+        groups = len(filled) // ROWS
+        if scales is None:
+            self._call("head", groups, words, size, filled, packed, y, scratch)
+        else:
+            self._call("head_of_8_bits", groups, words, size, filled, packed, scales, y, scratch)
         return y[:rows]
 
     def refine(self, scores: Tensor, x: Tensor, counts: Tensor, weight: Tensor, scales: Tensor) -> Tensor:

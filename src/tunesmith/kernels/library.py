@@ -49,8 +49,8 @@ _SIGNATURES = {
     "decode": "p",
     "decode_scratch": "p",
     "shrink": "ss ppp",
-    "head": "ss pppp",
-    "head_of_8_bits": "ss ppppp",
+    "head": "sss pppp",
+    "head_of_8_bits": "sss ppppp",
     "refine": "sss pppppp",
 }
 """The functions' arguments: s for a size, f for a float, p for an address."""
