@@ -17,7 +17,7 @@ from tunesmith.engines.base import Sampling
 from tunesmith.engines.drafts import TOKENS, Drafter, Guess, OutputTrie, worth
 from tunesmith.engines.metrics import EngineMetrics
 from tunesmith.engines.runner import Ended, Request, Runner
-from tunesmith.engines.sampling import Chosen, Sampler
+from tunesmith.engines.sampling import Sampler
 from tunesmith.kernels.decoding import DecodingKernels
 
 END = 1
@@ -164,9 +164,12 @@ def answers(
     found = []
     for request in requests:
         found.append([])
-        while not isinstance(event := request.events.get()[1], Ended):
-            assert isinstance(event, Chosen), event
-            found[-1].append(event.token)
+        end = None
+        while end is None:
+            event = request.events.get()
+            end = event.end
+            found[-1] += [chosen.token for chosen in event.tokens]
+        assert isinstance(end, Ended), end
     return found
 
 
@@ -246,7 +249,6 @@ def likely(runner: Runner, tokens: list[int]) -> list[tuple[int, float]]:
     sampling = Sampling(max_output_tokens=1, temperature=0.0, top_p=1.0, top_k=0, logprobs=4)
     request = Request(tokens, None, Sampler(sampling), Silent(None, tokens), 1, frozenset(), threading.Event())
     runner.submit(request)
-    chosen = request.events.get()[1]
-    assert isinstance(chosen, Chosen)
+    (chosen,) = request.events.get().tokens
     weights = torch.softmax(torch.tensor([logprob for _, logprob in chosen.top]), 0).tolist()
     return [(token, weight) for (token, _), weight in zip(chosen.top, weights, strict=True)]

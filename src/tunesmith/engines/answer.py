@@ -1,5 +1,7 @@
 """What has become of one candidate: tokens in, chunks out."""
 
+from collections.abc import Sequence
+
 from tokenizers import Tokenizer
 
 from tunesmith.engines.base import Chunk, Place, Sampling, TokenLogprob
@@ -23,13 +25,18 @@ class Answer:
         self._told = sampling.logprobs is not None
         self._places: list[Place] = []
 
-    def push(self, chosen: Chosen) -> str:
-        """Take a token and return the text that has become certain."""
-        self.tokens += 1
-        if self._told:
-            top = tuple(self._named(token, logprob) for token, logprob in chosen.top)
-            self._places.append(Place(self._named(chosen.token, chosen.logprob), top))
-        return self.text.push(chosen.token)
+    def push(self, tokens: Sequence[Chosen]) -> str:
+        """Take tokens, up to the one that meets a stop sequence, and return the text that has become certain."""
+        certain = []
+        for chosen in tokens:
+            self.tokens += 1
+            if self._told:
+                top = tuple(self._named(token, logprob) for token, logprob in chosen.top)
+                self._places.append(Place(self._named(chosen.token, chosen.logprob), top))
+            certain.append(self.text.push(chosen.token))
+            if self.text.stopped:
+                break
+        return "".join(certain)
 
     def chunk(self, text: str, prompt_tokens: int, index: int, finish_reason: int = 0) -> Chunk:
         """Return a chunk with the text and the tokens since the one before."""

@@ -42,6 +42,9 @@ from tunesmith.kernels.decoding import DecodingKernels
 CHUNK = 512
 """Tokens of one prefill pass: what the running requests wait for at most between two of their tokens."""
 
+TOLD_AT_ONCE = 6
+"""Of so many requests each token is told as it comes; of twice as many two at a time, and so on."""
+
 LEAST_CHANCE = 0.1
 """Of being right: a guess that is less likely is not worth its room."""
 
@@ -55,7 +58,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Ended:
-    """The last event of a request.
+    """How a request ended.
 
     Attributes:
         finish_reason: `Candidate.STOP` or `MAX_TOKENS`.
@@ -64,8 +67,22 @@ class Ended:
     finish_reason: int
 
 
-Events = SimpleQueue[tuple[int, Chosen | Ended | ApiError]]
-"""What happens to requests, each event with the request's index: a token, the end, or an error."""
+@dataclass(frozen=True)
+class Event:
+    """What has happened to a request.
+
+    Attributes:
+        index: Which of those that share a queue.
+        tokens: Its next tokens.
+        end: How it ended, if it did.
+    """
+
+    index: int
+    tokens: Sequence[Chosen]
+    end: Ended | ApiError | None = None
+
+
+Events = SimpleQueue[Event]
 
 
 @dataclass(eq=False)
@@ -80,11 +97,12 @@ class Request:
         max_output_tokens: When to end, if no stop token comes first.
         stop_tokens: Ids that end the answer.
         gone: Set when nobody waits for the answer any more.
-        events: The answer's tokens one by one, then `Ended`, or an error instead; each with `index`.
+        events: The answer's tokens, some at a time, and how it ended.
         index: Which of the requests that share `events` it is.
         caller: Who asks; callers take turns.
         abandoned: Set when the reader has stopped reading.
         tokens: Ids generated so far.
+        untold: The last ones, of which the reader has not heard.
         slot: Its keys and values, while it is under way.
         since: When it came, in seconds of the admission's clock.
         begun: When its turn came.
@@ -103,6 +121,7 @@ class Request:
     abandoned: bool = False
     ended: bool = False
     tokens: list[int] = field(default_factory=list)
+    untold: list[Chosen] = field(default_factory=list)
     slot: Any = None
     since: float = 0.0
     begun: float = 0.0
@@ -111,7 +130,7 @@ class Request:
         """Say how the request ended, once."""
         if not self.ended:
             self.ended = True
-            self.events.put((self.index, event))
+            self.events.put(Event(self.index, self.untold, event))
 
     def take(self, chosen: Chosen, longest: int) -> None:
         """Hand out the next token; `longest` is how many tokens the model can hold."""
@@ -122,12 +141,18 @@ class Request:
         self.tokens.append(chosen.token)
         self.sampler.take(chosen.token)
         self.drafter.take(chosen.token)
-        self.events.put((self.index, chosen))
+        self.untold.append(chosen)
         if self.sampler.finished:
             self.end(Ended(protos.Candidate.STOP))
         elif len(self.tokens) >= self.max_output_tokens or len(self.prompt) + len(self.tokens) >= longest:
             self.end(Ended(protos.Candidate.MAX_TOKENS))
         return None
+
+    def tell(self, most: int) -> None:
+        """Let the reader hear of its tokens, if it has not heard of more than so many, or of the first."""
+        if self.untold and not self.ended and (len(self.untold) > most or len(self.untold) == len(self.tokens)):
+            self.events.put(Event(self.index, self.untold))
+            self.untold = []
 
     @property
     def left(self) -> int:
@@ -387,6 +412,7 @@ class Runner:
         self._prefill()
         self._drop_ended()
         self._decode()
+        self._tell()
         self._drop_ended()
         self._observe()
 
@@ -445,6 +471,11 @@ class Runner:
         self._metrics.blocks_in_use.labels(label).set(blocks[0])
         self._metrics.blocks.labels(label).set(blocks[1])
 
+    def _tell(self) -> None:
+        """Let readers hear of new tokens: each wakes a thread, so where many run they hear of some at a time."""
+        for request in self._running:
+            request.tell(len(self._running) // TOLD_AT_ONCE)
+
     def _all_leave(self, prefill: _Prefill) -> bool:
         """Return whether all have left; each is asked, so that its reader hears of it."""
         return len([request for request in prefill.requests if request.leave()]) == len(prefill.requests)
@@ -491,6 +522,7 @@ class Runner:
             return
         self._running += prefill.requests
         self._hand_out(prefill.requests, tokens)
+        self._tell()
         for request in prefill.requests:
             self._metrics.first_token.labels(self._label).observe(self._admission.now() - request.since)
             self._metrics.prompt_tokens.labels(self._label).inc(len(request.prompt))

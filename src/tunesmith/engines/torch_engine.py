@@ -24,7 +24,7 @@ from tunesmith.engines.base import Chunk, Sampling
 from tunesmith.engines.constraint import Constraints
 from tunesmith.engines.drafts import Drafter
 from tunesmith.engines.metrics import EngineMetrics
-from tunesmith.engines.runner import Ended, Events, Request, Runner, closing
+from tunesmith.engines.runner import Events, Request, Runner, closing
 from tunesmith.engines.sampling import Sampler
 from tunesmith.errors import ApiError, Cancelled, Internal, InvalidArgument
 from tunesmith.store.artifacts import ArtifactStore
@@ -222,19 +222,18 @@ def _chunks(requests: Sequence[Request], answers: Sequence[Answer]) -> Iterator[
     """Turn the events of one answer's candidates, which share a queue, into chunks."""
     length, left = len(requests[0].prompt), set(range(len(requests)))
     while left:
-        index, event = requests[0].events.get()
+        event = requests[0].events.get()
+        index, reason = event.index, 0
         if requests[0].gone.is_set():
             raise Cancelled("The client went away.")
         if index not in left:
             continue  # a stop sequence ended it before the runner noticed
-        if isinstance(event, ApiError):
-            raise event
         answer = answers[index]
-        reason = 0
-        if isinstance(event, Ended):
-            certain, reason = answer.text.flush(), event.finish_reason
-        else:
-            certain = answer.push(event)
+        certain = answer.push(event.tokens)
+        if isinstance(event.end, ApiError):
+            raise event.end
+        if event.end:
+            certain, reason = certain + answer.text.flush(), event.end.finish_reason
         if answer.text.stopped:
             requests[index].abandoned, reason = True, protos.Candidate.STOP
         if reason:

@@ -291,7 +291,7 @@ class _Answers:
                 reason = protos.Candidate.STOP
                 break
             self._follow(index, chosen.token)
-            text += answer.push(chosen)
+            text += answer.push([chosen])
             if answer.text.stopped or (self._matchers and self._matchers[index].finished):
                 reason = protos.Candidate.STOP
                 break
