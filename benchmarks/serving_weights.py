@@ -114,7 +114,7 @@ def tuned(base: Base, number: int) -> tuple[dict[str, bytes], dict[str, object]]
     with TuningRun(base, tokens, given, seed=number) as run:
         for _ in run:
             pass
-        return run.adapter.to_files(model.id), run.manifest()
+        return run.files(), run.manifest()
 
 
 def publish(store: ArtifactStore, number: int, files: dict[str, bytes], manifest: dict[str, object]) -> None:

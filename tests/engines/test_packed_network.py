@@ -175,10 +175,12 @@ def test_of_a_prepared_adapter_only_what_is_packed_is_kept(network: PackedNetwor
     assert network.blocks() == (0, there)
 
 
-def last(network: PackedNetwork, tokens: list[int], adapter: Adapter | None = None) -> tuple[Tensor, int]:
+def last(
+    network: PackedNetwork, tokens: list[int], adapter: Adapter | None = None, caller: str = "ada"
+) -> tuple[Tensor, int]:
     """The last hidden state of a prompt, and how much of it was known."""
     slot = network.open(len(tokens))
-    network.recall(slot, tokens, adapter)
+    network.recall(slot, tokens, adapter, caller)
     known = slot.length
     for start in range(known, len(tokens), AT_ONCE):
         found = network.forward([Piece(slot, tokens[start : start + AT_ONCE], adapter)])
@@ -206,14 +208,19 @@ def test_nothing_is_recalled_of_another_adapter_or_an_unknown_one(network: Packe
     assert [last(network, tokens, adapter)[1] for adapter in (None, one, two, unknown)] == [96, 96, 96, 0]
 
 
+def test_what_one_caller_asks_is_not_known_to_another(network: PackedNetwork) -> None:
+    tokens = some_tokens(100, seed=16)
+    assert [last(network, tokens, caller=caller)[1] for caller in ("ada", "ben", "ada", "ben")] == [0, 0, 96, 96]
+
+
 def test_two_that_are_under_way_share_what_they_have_in_common(network: PackedNetwork) -> None:
     tokens = some_tokens(150, seed=8)
     expected = in_pieces(network, tokens, None, [100, 50])[-1:]
     first, second = network.open(200), network.open(200)
-    network.recall(first, tokens, None)
+    network.recall(first, tokens, None, "ada")
     network.forward([Piece(first, tokens[:128], None)])
     used, _ = network.blocks()
-    network.recall(second, tokens, None)
+    network.recall(second, tokens, None, "ada")
     assert second.length == 128
     assert network.blocks()[0] == used
     network.forward([Piece(first, tokens[128:], None)])

@@ -61,7 +61,7 @@ class ModuleNetwork:
         if not self._cache.lengths:
             self._mix.clear()
 
-    def recall(self, slot: ModuleSlot, prompt: Sequence[int], adapter: Adapter | None) -> None:
+    def recall(self, slot: ModuleSlot, prompt: Sequence[int], adapter: Adapter | None, caller: str) -> None:
         """See `network.Network`; nothing is kept."""
 
     def take_back(self, slot: ModuleSlot, count: int) -> None:

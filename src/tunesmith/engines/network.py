@@ -63,10 +63,11 @@ class Network(Protocol):
     def close(self, slot: Any) -> None:
         """Give a slot's memory back."""
 
-    def recall(self, slot: Any, prompt: Sequence[int], adapter: Adapter | None) -> None:
+    def recall(self, slot: Any, prompt: Sequence[int], adapter: Adapter | None, caller: str) -> None:
         """Let an empty slot have seen what is known of a prompt's beginning; the last token never is.
 
-        What it sees from then on becomes known, and stays so for as long as there is room.
+        What it sees from then on becomes known, and stays so for as long as there is room; to its caller alone, as
+        others could tell by the time it takes what they ask.
         """
 
     def take_back(self, slot: Any, count: int) -> None:

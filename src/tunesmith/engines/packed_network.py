@@ -154,11 +154,11 @@ class PackedNetwork:
         for kind, pool in self._pools.items():
             pool.take_back(slot.promised[kind], slot.tables[kind][slot.firsts[kind] :])
 
-    def recall(self, slot: PackedSlot, prompt: Sequence[int], adapter: Adapter | None) -> None:
+    def recall(self, slot: PackedSlot, prompt: Sequence[int], adapter: Adapter | None, caller: str) -> None:
         """See `network.Network`."""
         if adapter is not None and not adapter.content:
             return
-        slot.names = [adapter.content.encode() if adapter else b""]
+        slot.names = [f"{adapter.content if adapter else ''} {caller}".encode()]
         names = [*slot.names]
         for start in range(0, (len(prompt) - 1) // BLOCK * BLOCK, BLOCK):
             names.append(_name(names[-1], prompt[start : start + BLOCK]))

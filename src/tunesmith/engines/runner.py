@@ -532,7 +532,7 @@ class Runner:
         pieces = []
         for request in prefill.requests:
             if not request.slot.length:
-                self._network.recall(request.slot, request.prompt, request.adapter)
+                self._network.recall(request.slot, request.prompt, request.adapter, request.caller)
                 self._metrics.recalled_tokens.labels(self._label).inc(request.slot.length)
             start = request.slot.length
             pieces.append(Piece(request.slot, request.prompt[start : start + CHUNK], request.adapter))
