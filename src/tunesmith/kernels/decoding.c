@@ -79,19 +79,6 @@ static inline void meet_two(ptrdiff_t tiles, const bf16 *queries, const bf16 *on
     suspend(sums);
 }
 
-/* Add 16 rows of shares times 32 values, four times 16 numbers of these, to the tiles 0 to 3. */
-static inline void add_values(const bf16 *shares, const bf16 *values) {
-    _tile_loadd(7, shares, 64);
-    _tile_loadd(4, values, 64);
-    _tile_dpbf16ps(0, 7, 4);
-    _tile_loadd(5, values + TILE, 64);
-    _tile_dpbf16ps(1, 7, 5);
-    _tile_loadd(6, values + 2 * TILE, 64);
-    _tile_dpbf16ps(2, 7, 6);
-    _tile_loadd(4, values + 3 * TILE, 64);
-    _tile_dpbf16ps(3, 7, 4);
-}
-
 /* What up to 16 queries gather, of the request's `group` queries of each of its tokens, from the `first` of all on. */
 static void attend(const Pool *p, const Asking *a, ptrdiff_t first, const bf16 *queries, ptrdiff_t stride, float scale,
                    bf16 *gathered, ptrdiff_t gathered_stride) {

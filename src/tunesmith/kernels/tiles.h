@@ -219,23 +219,25 @@ static inline void meet(ptrdiff_t count, ptrdiff_t tiles, const bf16 *left, cons
     suspend(sums);
 }
 
+/* Add 16 rows of weights times 32 values, four times 16 numbers of these, to the tiles 0 to 3. */
+static inline void add_values(const bf16 *weights, const bf16 *values) {
+    _tile_loadd(7, weights, 64);
+    _tile_loadd(4, values, 64);
+    _tile_dpbf16ps(0, 7, 4);
+    _tile_loadd(5, values + TILE, 64);
+    _tile_dpbf16ps(1, 7, 5);
+    _tile_loadd(6, values + 2 * TILE, 64);
+    _tile_dpbf16ps(2, 7, 6);
+    _tile_loadd(4, values + 3 * TILE, 64);
+    _tile_dpbf16ps(3, 7, 4);
+}
+
 /* sums (+)= 16 rows of weights times the tokens' numbers, four times 16 of these; `left` and `right` from the first of
    `chunks` of 32 tokens on, whose tiles are `step` apart. */
 static inline void gather(ptrdiff_t chunks, const bf16 *left, const bf16 *right, ptrdiff_t step, ptrdiff_t more, float *sums) {
     if (more) resume(sums);
     else zero();
-    for (ptrdiff_t i = 0; i < chunks; i++) {
-        const bf16 *w = right + i * step * TILE;
-        _tile_loadd(7, left + i * TILE, 64);
-        _tile_loadd(4, w, 64);
-        _tile_dpbf16ps(0, 7, 4);
-        _tile_loadd(5, w + TILE, 64);
-        _tile_dpbf16ps(1, 7, 5);
-        _tile_loadd(6, w + 2 * TILE, 64);
-        _tile_dpbf16ps(2, 7, 6);
-        _tile_loadd(4, w + 3 * TILE, 64);
-        _tile_dpbf16ps(3, 7, 4);
-    }
+    for (ptrdiff_t i = 0; i < chunks; i++) add_values(left + i * TILE, right + i * step * TILE);
     suspend(sums);
 }
 
