@@ -4,7 +4,7 @@ import json
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -108,8 +108,14 @@ class AdapterCache:
 
     def _load(self, key: tuple[str, str], entry: _Entry, base: Base) -> None:
         try:
-            with self._loads, self._metrics.adapter_load_seconds.labels(key[0]).time():
-                entry.loaded.set_result(load(self._artifacts, key[1], base))
+            # On a thread that ends: a thread that has computed keeps helpers from OpenMP, and as soon as all have
+            # more of them than there are cores, those of the runner sleep between two products.
+            with (
+                self._loads,
+                self._metrics.adapter_load_seconds.labels(key[0]).time(),
+                ThreadPoolExecutor(1, "adapter") as once,
+            ):
+                entry.loaded.set_result(once.submit(load, self._artifacts, key[1], base).result())
             self._metrics.adapter_loads.labels(key[0]).inc()
         except BaseException as error:  # noqa: BLE001 — raised below, here and by whoever waits
             with self._lock:
