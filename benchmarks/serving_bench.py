@@ -99,6 +99,7 @@ def _script(name: str, *arguments: str, python: str = sys.executable) -> tuple[s
 
 PEERS = (
     Peer("ours", _script("ours", "engine")),
+    Peer("undrafted", _script("ours", "undrafted")),
     Peer("http", _script("ours", "http"), only=SHORT),
     *(
         Peer(f"llama.cpp {kind}", _script("llama", python=str(serving_weights.LLAMA_PYTHON)), kind, 1)

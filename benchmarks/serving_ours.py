@@ -1,6 +1,6 @@
 """Our side of the serving benchmark: one job through the engine as the server uses it, or through a server.
 
-serving.py runs it, in a process of its own: python serving_ours.py (engine|http) JOB RESULT
+serving.py runs it, in a process of its own: python serving_ours.py (engine|undrafted|http) JOB RESULT
 """
 
 import http.client
@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -35,7 +36,7 @@ from tunesmith.store.tables import TunedModel
 
 
 @contextmanager
-def started(job: Job) -> Iterator[TorchEngine]:
+def started(job: Job, *, drafts: bool = True) -> Iterator[TorchEngine]:
     """The engine, with the settings of a server that nobody has changed."""
     torch.set_num_threads(job.threads)
     settings = Settings.load()
@@ -47,6 +48,7 @@ def started(job: Job) -> Iterator[TorchEngine]:
         device="cpu",
         max_batch=settings.max_batch,
         loaded_adapters=settings.loaded_adapters,
+        drafts=drafts,
     )
     try:
         engine.preload(base.model)
@@ -55,10 +57,10 @@ def started(job: Job) -> Iterator[TorchEngine]:
         engine.close()
 
 
-def through_engine(job: Job) -> tuple[list[Answer], int]:
+def through_engine(job: Job, *, drafts: bool = True) -> tuple[list[Answer], int]:
     """Answer in this process; return the answers and the peak memory in bytes."""
     model = base_weights(Settings.load()).model
-    with started(job) as engine:
+    with started(job, drafts=drafts) as engine:
 
         def asked(ask: Ask, outputs: int) -> Iterator[tuple[int, str]]:
             path = adapter_path(ask.adapter, ENDLESS)
@@ -155,7 +157,7 @@ def add_models(parts: app.Parts, count: int) -> None:
             )
 
 
-SIDES = {"engine": through_engine, "http": through_server}
+SIDES = {"engine": through_engine, "undrafted": partial(through_engine, drafts=False), "http": through_server}
 
 
 def main(side: str, job: Job) -> Result:

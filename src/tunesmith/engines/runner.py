@@ -194,6 +194,7 @@ class Runner:
         kv_bytes: Memory for their keys and values, at most; not where the model is run as modules.
         admission: Which requests may wait.
         metrics: What is told of them.
+        drafts: Whether tokens are guessed.
     """
 
     def __init__(
@@ -205,11 +206,13 @@ class Runner:
         kv_bytes: int,
         admission: Admission,
         metrics: EngineMetrics,
+        *,
+        drafts: bool = True,
     ) -> None:
         self.weights = weights
         self.device = device
         self._dtype = dtype
-        self._max_batch, self._kv_bytes = max_batch, kv_bytes
+        self._max_batch, self._kv_bytes, self._drafts = max_batch, kv_bytes, drafts
         self._admission, self._metrics, self._label = admission, metrics, weights.model.id
         self._under_way = 0
         """How many requests have left the queue; changed with the lock held."""
@@ -563,7 +566,7 @@ class Runner:
     def _guesses(self) -> list[list[Guess]]:
         """Return what is guessed of each running request's next tokens, as far as it is worth its time."""
         step = self._network.step
-        if step == 1:
+        if step == 1 or not self._drafts:
             return [[] for _ in self._running]
         guesses = [request.drafter.guesses(min(request.left, step) - 1, LEAST_CHANCE) for request in self._running]
         return [guessed[:count] for guessed, count in zip(guesses, worth(guesses, step), strict=True)]

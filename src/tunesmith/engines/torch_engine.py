@@ -46,6 +46,7 @@ class TorchEngine:
         waiting: Requests of one base model that may wait for their turn.
         waiting_seconds: How long.
         metrics: What is told of them.
+        drafts: Whether tokens are guessed and checked, which changes no answer.
     """
 
     def __init__(
@@ -60,12 +61,13 @@ class TorchEngine:
         waiting: int = 1024,
         waiting_seconds: float = 3600.0,
         metrics: EngineMetrics | None = None,
+        drafts: bool = True,
     ) -> None:
         self._artifacts = artifacts
         self._cache_dir = cache_dir
         self._device = pick_device(device)
         self._max_batch, self._kv_bytes = max_batch, kv_bytes
-        self._waiting = waiting, waiting_seconds
+        self._waiting, self._drafts = (waiting, waiting_seconds), drafts
         self._metrics = metrics or EngineMetrics()
         self._adapters = AdapterCache(artifacts, loaded_adapters, self._metrics)
         self._constraints = Constraints()
@@ -170,6 +172,7 @@ class TorchEngine:
                     self._kv_bytes,
                     Admission(*self._waiting),
                     self._metrics,
+                    drafts=self._drafts,
                 )
                 self._runners[model.id] = runner
         if runner is None or self._closed:
