@@ -16,7 +16,8 @@ from tunesmith.engines.admission import Admission
 from tunesmith.engines.base import Sampling
 from tunesmith.engines.drafts import TOKENS, Drafter, Guess, OutputTrie, worth
 from tunesmith.engines.metrics import EngineMetrics
-from tunesmith.engines.runner import Ended, Request, Runner
+from tunesmith.engines.request import Ended, Request
+from tunesmith.engines.runner import Runner
 from tunesmith.engines.sampling import Sampler
 from tunesmith.kernels.decoding import DecodingKernels
 

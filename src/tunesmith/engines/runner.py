@@ -15,25 +15,24 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, count
-from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
 from torch.nn import functional
 
-from tunesmith import protos
 from tunesmith.base_models import decoder
 from tunesmith.base_models.weights import Weights
 from tunesmith.engines.admission import Admission
-from tunesmith.engines.drafts import Drafter, Guess, worth
+from tunesmith.engines.drafts import Guess, worth
 from tunesmith.engines.lora import Adapter
 from tunesmith.engines.metrics import EngineMetrics
 from tunesmith.engines.module_network import ModuleNetwork
 from tunesmith.engines.network import Network, Piece
 from tunesmith.engines.packed_network import PackedNetwork
+from tunesmith.engines.request import Request
 from tunesmith.engines.sampling import Chosen, Sampler, choose
 from tunesmith.engines.turns import Turns
 from tunesmith.errors import ApiError, Cancelled, Internal, ResourceExhausted, Unavailable
@@ -45,6 +44,9 @@ CHUNK = 512
 TOLD_AT_ONCE = 6
 """Of so many requests each token is told as it comes; of twice as many two at a time, and so on."""
 
+GUESSED = 64
+"""Tokens of a pass at most: to find more takes longer than they gain."""
+
 LEAST_CHANCE = 0.1
 """Of being right: a guess that is less likely is not worth its room."""
 
@@ -54,116 +56,6 @@ SCORED_AT_ONCE = 64
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a request ended.
-
-    Attributes:
-        finish_reason: `Candidate.STOP` or `MAX_TOKENS`.
-    """
-
-    finish_reason: int
-
-
-@dataclass(frozen=True)
-class Event:
-    """What has happened to a request.
-
-    Attributes:
-        index: Which of those that share a queue.
-        tokens: Its next tokens.
-        end: How it ended, if it did.
-    """
-
-    index: int
-    tokens: Sequence[Chosen]
-    end: Ended | ApiError | None = None
-
-
-Events = SimpleQueue[Event]
-
-
-@dataclass(eq=False)
-class Request:
-    """One answer to make.
-
-    Attributes:
-        prompt: Token ids, at least one.
-        adapter: None for the base model itself.
-        sampler: How tokens are chosen.
-        drafter: Guesses them.
-        max_output_tokens: When to end, if no stop token comes first.
-        stop_tokens: Ids that end the answer.
-        gone: Set when nobody waits for the answer any more.
-        events: The answer's tokens, some at a time, and how it ended.
-        index: Which of the requests that share `events` it is.
-        caller: Who asks; callers take turns.
-        abandoned: Set when the reader has stopped reading.
-        tokens: Ids generated so far.
-        untold: The last ones, of which the reader has not heard.
-        slot: Its keys and values, while it is under way.
-        since: When it came, in seconds of the admission's clock.
-        begun: When its turn came.
-    """
-
-    prompt: Sequence[int]
-    adapter: Adapter | None
-    sampler: Sampler
-    drafter: Drafter
-    max_output_tokens: int
-    stop_tokens: frozenset[int]
-    gone: threading.Event
-    events: Events = field(default_factory=SimpleQueue)
-    index: int = 0
-    caller: str = ""
-    abandoned: bool = False
-    ended: bool = False
-    tokens: list[int] = field(default_factory=list)
-    untold: list[Chosen] = field(default_factory=list)
-    slot: Any = None
-    since: float = 0.0
-    begun: float = 0.0
-
-    def end(self, event: Ended | ApiError) -> None:
-        """Say how the request ended, once."""
-        if not self.ended:
-            self.ended = True
-            self.events.put(Event(self.index, self.untold, event))
-
-    def take(self, chosen: Chosen, longest: int) -> None:
-        """Hand out the next token; `longest` is how many tokens the model can hold."""
-        if failed := self.sampler.failed:
-            return self.end(failed)
-        if chosen.token in self.stop_tokens:
-            return self.end(Ended(protos.Candidate.STOP))
-        self.tokens.append(chosen.token)
-        self.sampler.take(chosen.token)
-        self.drafter.take(chosen.token)
-        self.untold.append(chosen)
-        if self.sampler.finished:
-            self.end(Ended(protos.Candidate.STOP))
-        elif len(self.tokens) >= self.max_output_tokens or len(self.prompt) + len(self.tokens) >= longest:
-            self.end(Ended(protos.Candidate.MAX_TOKENS))
-        return None
-
-    def tell(self, most: int) -> None:
-        """Let the reader hear of its tokens, if it has not heard of more than so many, or of the first."""
-        if self.untold and not self.ended and (len(self.untold) > most or len(self.untold) == len(self.tokens)):
-            self.events.put(Event(self.index, self.untold))
-            self.untold = []
-
-    @property
-    def left(self) -> int:
-        """How many tokens may still come."""
-        return self.max_output_tokens - len(self.tokens)
-
-    def leave(self) -> bool:
-        """Return whether the request has ended or nobody waits for it."""
-        if self.abandoned or self.gone.is_set():
-            self.end(Cancelled("The client went away."))
-        return self.ended
 
 
 @dataclass(eq=False)
@@ -568,7 +460,8 @@ class Runner:
         step = self._network.step
         if step == 1 or not self._drafts:
             return [[] for _ in self._running]
-        guesses = [request.drafter.guesses(min(request.left, step) - 1, LEAST_CHANCE) for request in self._running]
+        most = min(step - 1, GUESSED // len(self._running))
+        guesses = [request.drafter.guesses(min(request.left - 1, most), LEAST_CHANCE) for request in self._running]
         return [guessed[:count] for guessed, count in zip(guesses, worth(guesses, step), strict=True)]
 
     def _verify(self, hidden: torch.Tensor, guesses: Sequence[Sequence[Guess]]) -> None:

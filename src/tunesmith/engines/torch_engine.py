@@ -24,7 +24,8 @@ from tunesmith.engines.base import Chunk, Sampling
 from tunesmith.engines.constraint import Constraints
 from tunesmith.engines.drafts import Drafter
 from tunesmith.engines.metrics import EngineMetrics
-from tunesmith.engines.runner import Events, Request, Runner, closing
+from tunesmith.engines.request import Events, Request
+from tunesmith.engines.runner import Runner, closing
 from tunesmith.engines.sampling import Sampler
 from tunesmith.errors import ApiError, Cancelled, Internal, InvalidArgument
 from tunesmith.store.artifacts import ArtifactStore
