@@ -145,7 +145,7 @@ def test_ctrl_c_leaves_the_job_running_then_it_rests_and_ends(server: Server, fi
         assert any(line.startswith("epoch 1") for line in printed)
         process.send_signal(signal.SIGINT)
         told = "".join(printed)
-        assert process.wait() == 130
+        assert process.wait() == 130, told
     assert "tunedModels/long goes on without you" in told
     assert "tunesmith watch tunedModels/long" in told
     assert "is being tuned, step" in server.run("report", "long", *url)
