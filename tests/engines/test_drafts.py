@@ -203,6 +203,16 @@ def test_guesses_change_no_answer(runner: Runner, errs: float) -> None:
     assert answers(runner, prompts, samplings, real) == plain
 
 
+def test_nothing_is_guessed_past_the_end_of_what_the_model_holds(runner: Runner) -> None:
+    drawn = random.Random(4)
+    prompt = drawn.choices(range(2, WORDS), k=runner.longest - 9)
+    sampling = Sampling(max_output_tokens=60, temperature=0.0, top_p=1.0, top_k=0)
+    (plain,) = answers(runner, [prompt], [sampling], [Silent(None, prompt)])
+    assert len(plain) == 9
+    guessing: list[Drafter] = [Oracle([*plain, *range(2, 40)], 0.0, 1)]
+    assert answers(runner, [prompt], [sampling], guessing) == [plain]
+
+
 def test_right_guesses_save_passes(runner: Runner) -> None:
     prompt, sampling = prompts_of(1)[0], Sampling(max_output_tokens=64, temperature=0.0, top_p=1.0, top_k=0)
     passes: Counter[str] = Counter()

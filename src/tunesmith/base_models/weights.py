@@ -52,6 +52,9 @@ class Weights:
         """Load the tokenizer; text that spells a control token stays text."""
         tokenizer = Tokenizer.from_file(str(self.path / "tokenizer.json"))
         tokenizer.encode_special_tokens = True
+        # Its cache of words: to Gemma's a whole text is one, and it would keep ten thousand prompts for nothing.
+        if hasattr(tokenizer.model, "_resize_cache"):
+            tokenizer.model._resize_cache(0)
         return tokenizer
 
 

@@ -101,7 +101,7 @@ class Request:
         self.untold.append(chosen)
         if self.sampler.finished:
             self.end(Ended(protos.Candidate.STOP))
-        elif len(self.tokens) >= self.max_output_tokens or len(self.prompt) + len(self.tokens) >= longest:
+        elif self.left(longest) <= 0:
             self.end(Ended(protos.Candidate.MAX_TOKENS))
         return None
 
@@ -111,10 +111,9 @@ class Request:
             self.events.put(Event(self.index, self.untold))
             self.untold = []
 
-    @property
-    def left(self) -> int:
-        """How many tokens may still come."""
-        return self.max_output_tokens - len(self.tokens)
+    def left(self, longest: int) -> int:
+        """Return how many tokens may still come; `longest` is how many tokens the model can hold."""
+        return min(self.max_output_tokens, longest - len(self.prompt)) - len(self.tokens)
 
     def leave(self) -> bool:
         """Return whether the request has ended or nobody waits for it."""

@@ -461,7 +461,10 @@ class Runner:
         if step == 1 or not self._drafts:
             return [[] for _ in self._running]
         most = min(step - 1, GUESSED // len(self._running))
-        guesses = [request.drafter.guesses(min(request.left - 1, most), LEAST_CHANCE) for request in self._running]
+        guesses = [
+            request.drafter.guesses(min(request.left(self.longest) - 1, most), LEAST_CHANCE)
+            for request in self._running
+        ]
         return [guessed[:count] for guessed, count in zip(guesses, worth(guesses, step), strict=True)]
 
     def _verify(self, hidden: torch.Tensor, guesses: Sequence[Sequence[Guess]]) -> None:
