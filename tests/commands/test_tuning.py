@@ -57,11 +57,22 @@ def tune(file: Path, *options: str, name: str | None = None) -> list[str]:
 def begun(server: Server, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A command that runs with a pipe for its output; ended by the test or with the block."""
     arguments = (*command(*arguments), *server.where(), "--url", server.url)
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=server.environment) as process:
+    with subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=server.environment,
+        preexec_fn=interruptible,
+    ) as process:
         try:
             yield process
         finally:
             process.kill()
+
+
+def interruptible() -> None:
+    """Let Ctrl-C end the command, also where the tests run in the background of a shell, which turns it off."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def lines(process: subprocess.Popen[str]) -> Iterator[str]:
