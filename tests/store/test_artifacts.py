@@ -1,5 +1,6 @@
 """Artifacts: whole or absent, on a local disk and on another fsspec store."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,17 @@ def test_deleting(store: ArtifactStore) -> None:
     store.delete("models/never-was")
     with pytest.raises(NotFound):
         store.read("models/a/2")
+
+
+def test_a_folder_is_removed_that_another_process_removes_from(tmp_path: Path) -> None:
+    """A worker removes its older checkpoints while the server removes all that its model had."""
+    store = ArtifactStore(str(tmp_path))
+    names = [f"model/job/checkpoint-{number}" for number in range(500)]
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "manifest.json").write_text("{}")
+    with ThreadPoolExecutor(1) as worker:
+        other = worker.submit(lambda: [store.delete(name) for name in reversed(names)])
+        store.delete("model")
+        other.result()
+    assert not (tmp_path / "model").exists()

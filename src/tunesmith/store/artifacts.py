@@ -20,6 +20,9 @@ import fsspec.implementations.local
 from tunesmith.errors import NotFound
 
 MANIFEST = "manifest.json"
+REMOVALS = 100
+"""How often a folder is removed that changes meanwhile: a worker that has lost its job soon stops to write."""
+
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -114,11 +117,22 @@ class ArtifactStore:
 
     def delete(self, path: str) -> None:
         """Remove an artifact, or a whole folder of them, the manifest first; absent ones are no error."""
-        for manifest in (f"{self._at(path)}/{MANIFEST}", self._at(path)):
+        for what in (f"{self._at(path)}/{MANIFEST}", self._at(path)):
+            self._remove(what)
+
+    def _remove(self, path: str) -> None:
+        """Remove a file or a folder, though another process may add to it or remove from it meanwhile."""
+        for _ in range(REMOVALS):
             try:
-                self._files.rm(manifest, recursive=True)
-            except FileNotFoundError:
-                continue
+                self._files.rm(path, recursive=True)
+            except FileNotFoundError:  # it is absent, or something in it was when its turn came
+                if not self._files.exists(path):
+                    return
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:
+                    raise
+            else:
+                return
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}".rstrip("/")
