@@ -136,7 +136,9 @@ class Figures:
         """Make figures of a result."""
         answers = result.answers
         first = sorted(answer.first for answer in answers)
-        each = [(cell.outputs - 1) / (answer.last - answer.first) for answer in answers]
+        # A short answer of guessed tokens may be there all at once.
+        spans = [answer.last - answer.first for answer in answers if answer.last > answer.first]
+        each = [(cell.outputs - 1) / span for span in spans] or [math.inf]
         total = cell.outputs * len(answers) / max(answer.last for answer in answers)
         middle, late = statistics.median(first), first[math.ceil(0.95 * len(first)) - 1]
         return cls(peer, cell, middle, late, total, statistics.median(each), result.peak_bytes, alike)
