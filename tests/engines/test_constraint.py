@@ -10,8 +10,10 @@ import torch
 
 import tiny
 from tunesmith.engines.base import Constraint, Sampling
+from tunesmith.engines.choices import Choices
 from tunesmith.engines.constraint import COMPILED, Constraints, Matcher
-from tunesmith.engines.sampling import Sampler, choose
+from tunesmith.engines.sampling import Chosen, Sampler
+from tunesmith.engines.scores import WholeScores
 from tunesmith.errors import InvalidArgument
 
 TOKENIZER = tiny.tiny_tokenizer()
@@ -61,6 +63,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def constraints() -> Constraints:
     return Constraints()
+
+
+def choose(scores: torch.Tensor, samplers: list[Sampler]) -> list[Chosen]:
+    return Choices(WholeScores(scores), samplers).of(range(len(samplers)))
 
 
 def answer(matcher: Matcher, seed: int, temperature: float = 1.0, top_k: int = 0, most: int = 400) -> str:
@@ -114,6 +120,16 @@ def test_rows_with_and_without_a_constraint_share_a_batch(constraints: Constrain
     rows = [Sampler(free), Sampler(free, matcher), Sampler(held), Sampler(held, matcher)]
     found = [TOKENIZER.id_to_token(chosen.token) for chosen in choose(scores, rows)]
     assert found == ["a", "b", "a", "b"]
+
+
+def test_rows_that_draw_stand_before_those_that_do_not(constraints: Constraints, tokenizer: Path):
+    first, second = (
+        constraints.matcher(Constraint("schema", choices=(choice,)), "", tokenizer, STOPS) for choice in "bc"
+    )
+    scores = torch.zeros(2, PADDED)
+    scores[:, TOKENIZER.token_to_id("a")] = 50
+    rows = [Sampler(Sampling(1.0, 1.0, 5, 1), first), Sampler(Sampling(0.0, 1.0, 0, 1), second)]
+    assert [TOKENIZER.id_to_token(chosen.token) for chosen in choose(scores, rows)] == ["b", "c"]
 
 
 def test_whitespace_does_not_go_on_for_ever(constraints: Constraints, tokenizer: Path):

@@ -14,6 +14,7 @@ from tunesmith.base_models import decoder
 from tunesmith.engines.lora import Adapter
 from tunesmith.engines.network import Piece
 from tunesmith.engines.packed_network import PackedNetwork
+from tunesmith.engines.scores import bits
 from tunesmith.kernels.decoding import DecodingKernels
 
 AT_ONCE = 128
@@ -148,13 +149,23 @@ def test_the_likeliest_words_have_exact_scores(network: PackedNetwork, rows: int
     exact = network.scores(hidden)
     weight = network._head.weight.float()
     assert torch.allclose(exact, hidden.float() @ weight.T, atol=1e-3)
-    counts = [1 + row % 64 for row in range(rows)]
-    scores, best = network.likeliest(hidden, counts)
-    assert best == exact.argmax(-1).tolist()
-    for row, count in enumerate(counts):
-        expected, found = exact[row].topk(count), scores[row].topk(count)
-        assert found.indices.tolist() == expected.indices.tolist()
-        assert torch.equal(found.values, expected.values)  # or what is drawn would depend on who comes with it
+    counts = [row % 65 for row in range(1, rows + 1)]
+    allowed = torch.randint(-(2**31), 2**31, (rows, exact.shape[1] // 32), dtype=torch.int32)
+    for some_allowed in (None, allowed):
+        right = exact if some_allowed is None else exact.masked_fill(~bits(allowed, exact.shape[1]), -torch.inf)
+        for whole in (False, True):
+            found = network.scored(hidden, whole=whole)
+            values, tokens = found.likeliest(range(rows), counts, some_allowed)
+            for row, count in enumerate(counts):
+                expected = right[row].topk(count)
+                assert tokens[row, :count].tolist() == expected.indices.tolist()
+                # or what is drawn would depend on who comes with it
+                assert torch.equal(values[row, :count], expected.values)
+                assert values[row, count:].isneginf().all()
+            some = range(0, rows, 2)
+            fewer = found.likeliest(some, counts[::2], None if some_allowed is None else allowed[::2].contiguous())
+            assert torch.equal(fewer[1][0, :1], tokens[0, :1])
+            assert torch.equal(found.likeliest(some, [1] * len(some))[1][:, 0], exact[::2].argmax(-1))
 
 
 def test_of_a_prepared_adapter_only_what_is_packed_is_kept(network: PackedNetwork) -> None:

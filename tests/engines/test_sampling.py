@@ -4,12 +4,18 @@ from typing import Any
 import pytest
 import torch
 
-from tunesmith.engines import sampling as module
+from tunesmith.engines import draws
 from tunesmith.engines.base import Sampling
-from tunesmith.engines.sampling import Sampler, choose
+from tunesmith.engines.choices import Choices
+from tunesmith.engines.sampling import Chosen, Sampler
+from tunesmith.engines.scores import WholeScores, top
 
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
 LOGITS = PROBABILITIES.log()
+
+
+def choose(scores: torch.Tensor, samplers: list[Sampler]) -> list[Chosen]:
+    return Choices(WholeScores(scores), samplers).of(range(len(samplers)))
 
 
 def drawn(count: int = 4000, logits: torch.Tensor = LOGITS, **options: Any) -> dict[int, float]:
@@ -55,7 +61,7 @@ def test_top_p_of_a_large_vocabulary_looks_at_more_candidates_until_they_are_eno
     torch.manual_seed(0)  # any scores will do
     logits = torch.randn(600)
     expected = {token: drawn(1, logits, top_p=0.9, seed=token) for token in range(50)}
-    monkeypatch.setattr(module, "FIRST_CANDIDATES", 4)
+    monkeypatch.setattr(draws, "FIRST_CANDIDATES", 4)
     assert {token: drawn(1, logits, top_p=0.9, seed=token) for token in range(50)} == expected
 
 
@@ -103,7 +109,7 @@ def test_the_best_of_blocks_are_the_best_of_all(total: int, count: int):
     scores = torch.randn(3, total)
     scores[1] = (scores[1] * 2).round()  # many are equal
     scores[2, : total // 2] = -torch.inf
-    values, tokens = module._top(scores, count)
+    values, tokens = top(scores, count)
     assert torch.equal(values, scores.topk(count).values)
     assert torch.equal(scores.gather(1, tokens), values)
     assert all(len(set(row)) == count for row in tokens.tolist())

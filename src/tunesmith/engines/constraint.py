@@ -48,14 +48,13 @@ class Matcher:
         # llguidance never comes back from a token that it does not know.
         return token < self._vocabulary and self._matcher.validate_tokens([token]) == 1
 
-    def forbidden(self, vocabulary: int) -> NDArray[np.bool_]:
-        """Return for each token of a vocabulary whether it may not come next; for none, once it has failed."""
+    def allowed(self, bits: NDArray[np.int32]) -> None:
+        """Write which tokens of a vocabulary may come next, a bit each; all, once it has failed."""
         words = (self._vocabulary + 31) // 32
-        mask = np.zeros(max(words, (vocabulary + 31) // 32), dtype=np.int32)
-        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, words * mask.itemsize)
+        bits[words:] = 0
+        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, words * bits.itemsize)
         if self._matcher.is_error():
-            return np.zeros(vocabulary, dtype=np.bool_)
-        return np.unpackbits(~mask.view(np.uint8), bitorder="little", count=vocabulary).view(np.bool_)
+            bits[:] = -1
 
     def take(self, token: int) -> None:
         """Go on by a token of the answer that is allowed."""

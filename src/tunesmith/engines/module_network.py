@@ -11,6 +11,7 @@ from tunesmith.engines.kv_cache import KVCache, causal_mask
 from tunesmith.engines.linear import linear
 from tunesmith.engines.lora import Adapter, AdapterMix, adapt
 from tunesmith.engines.network import Piece
+from tunesmith.engines.scores import WholeScores
 from tunesmith.errors import FailedPrecondition
 
 
@@ -109,11 +110,9 @@ class ModuleNetwork:
         scores = self._head(hidden.contiguous()).float()
         return scores if self._softcap is None else torch.tanh(scores / self._softcap) * self._softcap
 
-    def likeliest(self, hidden: Tensor, counts: Sequence[int]) -> tuple[Tensor, list[int]]:  # noqa: ARG002
+    def scored(self, hidden: Tensor, *, whole: bool) -> WholeScores:  # noqa: ARG002
         """See `network.Network`."""
-        scores = self.scores(hidden)
-        best: list[int] = scores.max(-1).indices.tolist()
-        return scores, best
+        return WholeScores(self.scores(hidden))
 
 
 def _windows(weights: Weights, config: Any) -> dict[str, int | None]:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from tunesmith.engines.lora import Adapter
+from tunesmith.engines.scores import Scores
 
 
 class Slot(Protocol):
@@ -86,5 +87,5 @@ class Network(Protocol):
     def scores(self, hidden: Tensor) -> Tensor:
         """Return the scores of all words, float32 (rows, words), of hidden states (rows, size)."""
 
-    def likeliest(self, hidden: Tensor, counts: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """Return scores, of which only the `counts` largest of each row are sure to be exact, and the best."""
+    def scored(self, hidden: Tensor, *, whole: bool) -> Scores:
+        """Return the scores of hidden states (rows, size); `whole` if all of a row will be asked for."""

@@ -18,6 +18,7 @@ from tunesmith.base_models.decoder import Layer as DecoderLayer
 from tunesmith.engines.block_pool import BlockPool, tables
 from tunesmith.engines.lora import Adapter
 from tunesmith.engines.network import Piece
+from tunesmith.engines.scores import FEW, of_rows
 from tunesmith.kernels.decoding import BLOCK, DecodingKernels, Head, Kind, Layer, Layers, Mixes, Seen, Shape
 from tunesmith.kernels.products import TILE, Pair
 
@@ -199,10 +200,9 @@ class PackedNetwork:
         """See `network.Network`."""
         return self._head.scores(hidden)
 
-    def likeliest(self, hidden: Tensor, counts: Sequence[int]) -> tuple[Tensor, list[int]]:
+    def scored(self, hidden: Tensor, *, whole: bool) -> "HeadScores":
         """See `network.Network`."""
-        scores, best = self._head.likeliest(hidden, torch.tensor(counts))
-        return scores, best.tolist()
+        return HeadScores(self._head, hidden, whole=whole)
 
     def _run(self, pieces: Sequence[Piece], starts: Sequence[int]) -> Tensor:
         """Run all layers; the last one's output is not normalised."""
@@ -327,6 +327,32 @@ class PackedNetwork:
                 a[first : first + adapter.rank] = factors[0]
                 b[out : out + outputs[number], first : first + adapter.rank] = factors[1]
         return Pair(self._kernels.pack(a, alone=True), self._kernels.pack(b, alone=True))
+
+
+class HeadScores:
+    """See `Scores`; where not all are asked for, they are near, and those that are the largest computed again.
+
+    Args:
+        head: The model's.
+        hidden: Of each row, (rows, size).
+        whole: Whether all of a row will be asked for.
+    """
+
+    def __init__(self, head: Head, hidden: Tensor, *, whole: bool) -> None:
+        self._head, self._hidden = head, hidden
+        self._scores = head.scores(hidden) if whole else head.near(hidden)
+        self.words = head.words
+
+    def whole(self, rows: Sequence[int]) -> Tensor:
+        """See `Scores`."""
+        return of_rows(self._scores, rows)
+
+    def likeliest(
+        self, rows: Sequence[int], counts: Sequence[int], allowed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `Scores`."""
+        which, width = torch.tensor(rows), FEW if max(counts) > 1 else 1
+        return self._head.likeliest(self._scores, self._hidden, which, torch.tensor(counts), allowed, width)
 
 
 def _name(before: bytes, tokens: Sequence[int]) -> bytes:

@@ -26,6 +26,7 @@ from torch.nn import functional
 from tunesmith.base_models import decoder
 from tunesmith.base_models.weights import Weights
 from tunesmith.engines.admission import Admission
+from tunesmith.engines.choices import Choices
 from tunesmith.engines.drafts import Guess, worth
 from tunesmith.engines.lora import Adapter
 from tunesmith.engines.metrics import EngineMetrics
@@ -33,7 +34,7 @@ from tunesmith.engines.module_network import ModuleNetwork
 from tunesmith.engines.network import Network, Piece
 from tunesmith.engines.packed_network import PackedNetwork
 from tunesmith.engines.request import Request
-from tunesmith.engines.sampling import Chosen, Sampler, choose
+from tunesmith.engines.sampling import Chosen, Sampler
 from tunesmith.engines.turns import Turns
 from tunesmith.errors import ApiError, Cancelled, Internal, ResourceExhausted, Unavailable
 from tunesmith.kernels.decoding import DecodingKernels
@@ -435,7 +436,7 @@ class Runner:
         if prefill.done < len(prefill.requests[0].prompt):
             return None
         samplers = [request.sampler for request in prefill.requests]
-        return _chosen(*self._scores(hidden, samplers), range(len(samplers)), samplers)
+        return self._choices(hidden, samplers).of(range(len(samplers)))
 
     def _decode(self) -> None:
         """Compute one more token of every running request, and those after it that are guessed rightly."""
@@ -477,18 +478,17 @@ class Runner:
         samplers = [
             request.sampler for request, guessed in zip(self._running, guesses, strict=True) for _ in [0, *guessed]
         ]
-        scores, best = self._scores(hidden, samplers)
+        choices = self._choices(hidden, samplers)
         firsts = accumulate((1 + len(guessed) for guessed in guesses), initial=0)
         going = list(zip(self._running, guesses, firsts, strict=False))
         for place in count():
             if not going:
                 break
             requests = [request for request, *_ in going]
-            rows = [first + place for *_, first in going]
-            choices = _chosen(scores, best, rows, [request.sampler for request in requests])
-            self._hand_out(requests, choices)
+            chosen = choices.of([first + place for *_, first in going])
+            self._hand_out(requests, chosen)
             still = []
-            for one, choice in zip(going, choices, strict=True):
+            for one, choice in zip(going, chosen, strict=True):
                 request, guessed, _ = one
                 if self._right(request, guessed, place, choice) and not request.ended:
                     still.append(one)
@@ -505,15 +505,9 @@ class Runner:
         self._metrics.guesses.labels(self._label, "right" if right else "wrong").inc()
         return right
 
-    def _scores(
-        self, hidden: torch.Tensor, samplers: Sequence[Sampler]
-    ) -> tuple[torch.Tensor, Sequence[int] | None]:
-        """Return scores from which the rows' samplers can choose, and the best ones where they choose those."""
-        counts = [sampler.largest for sampler in samplers]
-        if 0 in counts:
-            return self._network.scores(hidden), None
-        scores, best = self._network.likeliest(hidden, counts)
-        return scores, best if all(sampler.greedy for sampler in samplers) else None
+    def _choices(self, hidden: torch.Tensor, samplers: Sequence[Sampler]) -> Choices:
+        whole = any(not sampler.largest for sampler in samplers)
+        return Choices(self._network.scored(hidden, whole=whole), samplers)
 
     def _hand_out(self, requests: Sequence[Request], choices: Sequence[Chosen]) -> None:
         self._metrics.output_tokens.labels(self._label).inc(len(requests))
@@ -571,22 +565,6 @@ class Runner:
             targets = answer[start : start + SCORED_AT_ONCE]
             total -= float(functional.cross_entropy(scores, targets, reduction="sum"))
         return total / len(answer)
-
-
-def _chosen(
-    scores: torch.Tensor, best: Sequence[int] | None, rows: Sequence[int], samplers: Sequence[Sampler]
-) -> list[Chosen]:
-    """Choose the next token of some rows.
-
-    Args:
-        scores: Of all rows; changed in place.
-        best: The likeliest of each, where they are chosen.
-        rows: Which.
-        samplers: Theirs.
-    """
-    if best is not None:
-        return [Chosen(best[row]) for row in rows]
-    return choose(scores if len(rows) == len(scores) else scores[list(rows)], samplers)
 
 
 class _NoRoom(Exception):

@@ -374,13 +374,18 @@ void head_of_8_bits(ptrdiff_t groups, ptrdiff_t out, ptrdiff_t in, const bf16 *x
     }
 }
 
+/* Which of the 16 words from `word` on may be chosen; `allowed` has a bit a word, or is NULL. */
+static __mmask16 may_come(const uint32_t *allowed, ptrdiff_t word) {
+    return allowed ? (__mmask16)(allowed[word / 32] >> word % 32) : 0xffff;
+}
+
 /* The `count`-th largest of scores less `by` x scales. */
-static float bound(ptrdiff_t words, ptrdiff_t count, const float *scores, const float *scales, float by) {
+static float bound(ptrdiff_t words, ptrdiff_t count, const float *scores, const float *scales, const uint32_t *allowed, float by) {
     float kept[count], least = -INFINITY;
     for (ptrdiff_t i = 0; i < count; i++) kept[i] = -INFINITY;
     for (ptrdiff_t word = 0; word < words; word += 16) {
         __m512 low = _mm512_fnmadd_ps(_mm512_set1_ps(by), _mm512_loadu_ps(scales + word), _mm512_loadu_ps(scores + word));
-        __mmask16 more = _mm512_cmp_ps_mask(low, _mm512_set1_ps(least), _CMP_GT_OQ);
+        __mmask16 more = _mm512_cmp_ps_mask(low, _mm512_set1_ps(least), _CMP_GT_OQ) & may_come(allowed, word);
         if (!more) continue;
         float lows[16];
         _mm512_storeu_ps(lows, low);
@@ -403,40 +408,52 @@ static void score_words(ptrdiff_t count, const int64_t *words, ptrdiff_t in, con
     for (ptrdiff_t i = 0; i < count; i++) memcpy(rows + i * in, weight + words[i] * in, (size_t)in * sizeof(bf16));
     pack_across(count, rows, in, in, packed);
     meet(1, in / 32, left, packed, sums);
-    for (ptrdiff_t i = 0; i < count; i++) scores[words[i]] = sums[i];
+    memcpy(scores, sums, (size_t)count * sizeof(float));
 }
 
-/* Scores of a head of 8 bits made those of 16 wherever they may be among the `counts` largest of their row. A rounded
-   weight is off by up to half a scale, evenly: a score's error has the deviation norm(x) x scale / sqrt(12), and is
-   less than nine times that but for once in 10^18. The best word comes to `best`. */
-void refine(ptrdiff_t rows, ptrdiff_t words, ptrdiff_t in, const int64_t *counts, const bf16 *x, const bf16 *weight,
-            const float *scales, float *scores, int64_t *best) {
+/* Put a word among the `count` best, which are in their order; of equal ones the earlier word comes first. */
+static void keep(ptrdiff_t count, float score, int64_t word, float *values, int64_t *tokens) {
+    if (!(score > values[count - 1])) return;
+    ptrdiff_t place = count - 1;
+    for (; place && score > values[place - 1]; place--) values[place] = values[place - 1], tokens[place] = tokens[place - 1];
+    values[place] = score, tokens[place] = word;
+}
+
+/* The `counts` largest scores of some rows among the words that are allowed, and which words have them; behind them
+   come scores of -infinity, to `width`. They are those of a head of 16 bits, found by scores that are near: of a head
+   of 8 bits, or the same. A rounded weight is off by up to half a scale, evenly: a score's error has the deviation
+   norm(x) x scale / sqrt(12), and is less than nine times that but for once in 10^18. */
+void likeliest(ptrdiff_t rows, ptrdiff_t words, ptrdiff_t in, ptrdiff_t width, const int64_t *which, const int64_t *counts, const bf16 *x,
+               const bf16 *weight, const float *scales, const float *near, const uint32_t *allowed, float *values, int64_t *tokens) {
 #pragma omp parallel
     {
         configure();
 #pragma omp for schedule(dynamic)
         for (ptrdiff_t row = 0; row < rows; row++) {
             bf16 left[16 * in] __attribute__((aligned(64)));
-            float *own = scores + row * words, squares = 0.0f, top = -INFINITY;
+            const float *own = near + which[row] * words;
+            const bf16 *state = x + which[row] * in;
+            const uint32_t *may = allowed ? allowed + row * (words / 32) : NULL;
+            float squares = 0.0f, scores[16];
             int64_t found[32]; /* 16 are scored together, and 16 more may be found by then */
-            ptrdiff_t count = 0;
-            for (ptrdiff_t d = 0; d < in; d++) squares += wide(x[row * in + d]) * wide(x[row * in + d]);
-            float by = 9.0f * sqrtf(squares / 12.0f), least = bound(words, counts[row], own, scales, by);
-            pack_left(1, x + row * in, in, in, left);
-            best[row] = 0;
+            ptrdiff_t some = 0;
+            for (ptrdiff_t i = 0; i < width; i++) values[row * width + i] = -INFINITY, tokens[row * width + i] = 0;
+            if (!counts[row]) continue;
+            for (ptrdiff_t d = 0; d < in; d++) squares += wide(state[d]) * wide(state[d]);
+            float by = 9.0f * sqrtf(squares / 12.0f), least = bound(words, counts[row], own, scales, may, by);
+            pack_left(1, state, in, in, left);
             for (ptrdiff_t word = 0; word < words; word += 16) {
                 __m512 high = _mm512_fmadd_ps(_mm512_set1_ps(by), _mm512_loadu_ps(scales + word), _mm512_loadu_ps(own + word));
-                __mmask16 may = _mm512_cmp_ps_mask(high, _mm512_set1_ps(least), _CMP_GE_OQ);
-                if (!may && word + 16 < words) continue;
-                for (int i = 0; may; i++, may >>= 1)
-                    if (may & 1) found[count++] = word + i;
-                while (count >= 16 || (count && word + 16 >= words)) {
-                    ptrdiff_t some = count < 16 ? count : 16;
-                    score_words(some, found, in, left, weight, own);
-                    for (ptrdiff_t i = 0; i < some; i++)
-                        if (own[found[i]] > top) top = own[found[i]], best[row] = found[i];
-                    count -= some;
-                    memmove(found, found + some, (size_t)count * sizeof(int64_t));
+                __mmask16 large = _mm512_cmp_ps_mask(high, _mm512_set1_ps(least), _CMP_GE_OQ) & may_come(may, word);
+                if (!large && word + 16 < words) continue;
+                for (int i = 0; large; i++, large >>= 1)
+                    if (large & 1) found[some++] = word + i;
+                while (some >= 16 || (some && word + 16 >= words)) {
+                    ptrdiff_t now = some < 16 ? some : 16;
+                    score_words(now, found, in, left, weight, scores);
+                    for (ptrdiff_t i = 0; i < now; i++) keep(counts[row], scores[i], found[i], values + row * width, tokens + row * width);
+                    some -= now;
+                    memmove(found, found + now, (size_t)some * sizeof(int64_t));
                 }
             }
         }

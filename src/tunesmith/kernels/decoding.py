@@ -195,15 +195,26 @@ class Head:
         """Return all scores, float32 (rows, words), of hidden states (rows, size)."""
         return self._kernels.head(hidden, self._packed, None, self.words)
 
-    def likeliest(self, hidden: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scores of which the `counts` largest of each row are as `scores` has them, and the best words.
+    def near(self, hidden: Tensor) -> Tensor:
+        """Return scores from which `likeliest` finds the largest, with half of the time that `scores` takes."""
+        return self._kernels.head(hidden, self._shrunk, self._scales, self.words)
+
+    def likeliest(
+        self, near: Tensor, hidden: Tensor, rows: Tensor, counts: Tensor, allowed: Tensor | None, width: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the largest of some rows as `scores` has them, largest first, and their words, (n, width) each.
 
         Args:
-            hidden: (rows, size).
-            counts: (rows,) int64, at least 1.
+            near: What `near` or `scores` returned, (rows, words).
+            hidden: Of what, (rows, size).
+            rows: Which n rows, int64.
+            counts: How many of each of these, (n,) int64; what follows them is -infinity.
+            allowed: Which words are looked at, a bit each, int32 (n, words / 32); None for all of them.
+            width: Not less than any count.
         """
-        scores = self._kernels.head(hidden, self._shrunk, self._scales, self.words)
-        return scores, self._kernels.refine(scores, hidden, counts, self.weight, self._scales)
+        return self._kernels.likeliest(
+            rows, counts, hidden.contiguous(), self.weight, self._scales, near, allowed, width
+        )
 
 
 class DecodingKernels(MatrixUnitKernels):
@@ -266,16 +277,31 @@ class DecodingKernels(MatrixUnitKernels):
             self._call("head_of_8_bits", groups, words, size, filled, packed, scales, y, scratch)
         return y[:rows]
 
-    def refine(self, scores: Tensor, x: Tensor, counts: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-        """Make the largest scores exact, in place, and return the best word of each row.
+    def likeliest(
+        self,
+        rows: Tensor,
+        counts: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        scales: Tensor,
+        near: Tensor,
+        allowed: Tensor | None,
+        width: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the largest scores of some rows and their words, (n, width) each: see `Head.likeliest`.
 
         Args:
-            scores: (rows, words), of a head with 8 bits a weight.
-            x: (rows, size) what they were computed from.
-            counts: (rows,) how many of each row's largest; int64.
+            rows: (n,) int64.
+            counts: (n,) int64.
+            x: (rows, size).
             weight: (words, size) the head's.
             scales: Of 8 bits.
+            near: (rows, words).
+            allowed: (n, words / 32) int32; None for all words.
+            width: Of what is returned.
         """
-        best = torch.empty(len(x), dtype=torch.int64)
-        self._call("refine", len(x), *weight.shape, counts, x.contiguous(), weight, scales, scores, best)
-        return best
+        values = torch.empty(len(rows), width)
+        tokens = torch.empty((len(rows), width), dtype=torch.int64)
+        given = rows, counts, x, weight, scales, near, allowed
+        self._call("likeliest", len(rows), *weight.shape, width, *given, values, tokens)
+        return values, tokens

@@ -51,7 +51,7 @@ _SIGNATURES = {
     "shrink": "ss ppp",
     "head": "sss pppp",
     "head_of_8_bits": "sss ppppp",
-    "refine": "sss pppppp",
+    "likeliest": "ssss ppppppppp",
 }
 """The functions' arguments: s for a size, f for a float, p for an address."""
 _COUNTING = ("has_matrix_unit", "product_scratch", "attend_scratch", "decode_scratch")
