@@ -5,12 +5,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from prometheus_client import CollectorRegistry
 
 import tiny
 from engines.client import Base, Client
 from engines.packed_models import CPU, GEMMA, LLAMA
 from tunesmith.base_models import weights
+from tunesmith.base_models.catalog import BaseModel
 from tunesmith.engines import torch_engine
+from tunesmith.engines.admission import Admission
+from tunesmith.engines.metrics import EngineMetrics
+from tunesmith.engines.runner import Runner
 from tunesmith.kernels.decoding import DecodingKernels
 from tunesmith.store.artifacts import ArtifactStore
 
@@ -89,3 +94,39 @@ def packed_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp(request.param) / "models" / "random"
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def metrics() -> CollectorRegistry:
+    """What Prometheus is told of `runner`."""
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def runner(packed_model: Path, kernels: DecodingKernels, metrics: CollectorRegistry) -> Iterator[Runner]:
+    model = BaseModel(
+        id="random",
+        display_name="Random",
+        version="1",
+        path=packed_model,
+        licence="none",
+        prompt_format="labelled",
+        untuned_prompt_format="plain",
+        input_token_limit=512,
+        output_token_limit=256,
+        tuning_token_limit=256,
+    )
+    runner = Runner(
+        *(
+            weights.Weights(model, packed_model, "0"),
+            torch.device("cpu"),
+            torch.bfloat16,
+            16,
+            8 << 20,
+            Admission(10_000, 60.0),
+        ),
+        EngineMetrics(metrics),
+    )
+    assert runner._network.step == 16
+    yield runner
+    runner.close()

@@ -3,23 +3,16 @@
 import random
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
 from engines.packed_models import WORDS
-from tunesmith.base_models.catalog import BaseModel
-from tunesmith.base_models.weights import Weights
-from tunesmith.engines.admission import Admission
 from tunesmith.engines.base import Sampling
 from tunesmith.engines.drafts import TOKENS, Drafter, Guess, OutputTrie, worth
-from tunesmith.engines.metrics import EngineMetrics
 from tunesmith.engines.request import Ended, Request
 from tunesmith.engines.runner import Runner
 from tunesmith.engines.sampling import Sampler
-from tunesmith.kernels.decoding import DecodingKernels
 
 END = 1
 OUTPUTS = [[10, 11, 12, END], [10, 11, 13, END], [10, 11, 13, END], [20, 10, 30, 31, END]]
@@ -98,29 +91,6 @@ def test_what_costs_nothing_is_guessed_and_what_costs_more_only_where_it_pays() 
     assert worth([chances(0.9, 0.8)] * 16, 16) == [2] * 16
     assert worth([chances(0.9, 0.01)] * 16, 16) == [1] * 16
     assert worth([], 16) == []
-
-
-@pytest.fixture
-def runner(packed_model: Path, kernels: DecodingKernels) -> Iterator[Runner]:
-    model = BaseModel(
-        id="random",
-        display_name="Random",
-        version="1",
-        path=packed_model,
-        licence="none",
-        prompt_format="labelled",
-        untuned_prompt_format="plain",
-        input_token_limit=512,
-        output_token_limit=256,
-        tuning_token_limit=256,
-    )
-    weights = Weights(model, packed_model, "0")
-    runner = Runner(
-        weights, torch.device("cpu"), torch.bfloat16, 16, 8 << 20, Admission(10_000, 60.0), EngineMetrics()
-    )
-    assert runner._network.step == 16
-    yield runner
-    runner.close()
 
 
 class Oracle(Drafter):

@@ -35,6 +35,7 @@ class ModuleNetwork:
     """
 
     step = 1
+    recalls = 0
 
     def __init__(self, model: Any, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype

@@ -45,10 +45,12 @@ class Network(Protocol):
         linears: Path of each linear layer that an adapter may change, with its numbers of inputs and outputs.
         step: A pass takes as long for so many tokens as for one, and a token is the same to the last bit whether
             it comes alone or with others; 1 where that is not so.
+        recalls: A slot recalls what others have seen of prompts longer than this; 0 where none ever does.
     """
 
     longest: int
     step: int
+    recalls: int
     linears: dict[str, tuple[int, int]]
 
     def prepare(self, adapter: Adapter) -> Adapter:

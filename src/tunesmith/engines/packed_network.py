@@ -74,6 +74,7 @@ class PackedNetwork:
     """
 
     step = STEP
+    recalls = BLOCK
 
     def __init__(self, model: CausalLM, kernels: DecodingKernels, kv_bytes: int, at_once: int) -> None:
         self._kernels, self._at_once = kernels, at_once

@@ -385,6 +385,8 @@ class Runner:
         with self._wake:
             while len(under_way) + len(admitted) < self._max_batch and (turn := self._waiting.next(held)):
                 caller, request = turn
+                if self._is_computed(request, admitted):
+                    break
                 longest = max(longest, len(request.prompt))
                 if admitted and longest * (len(admitted) + 1) > CHUNK:
                     break
@@ -399,6 +401,16 @@ class Runner:
             self._under_way = len(under_way) + len(admitted)
         if admitted:
             self._prefilling.append(_Prefill(admitted))
+
+    def _is_computed(self, request: Request, admitted: Sequence[Request]) -> bool:
+        """Return whether a request's prompt is being computed for another: it waits, and then recalls it."""
+        if not 0 < self._network.recalls < len(request.prompt):
+            return False
+        computed = [*admitted, *(one for prefill in self._prefilling for one in prefill.requests)]
+        return any(
+            one.prompt == request.prompt and one.adapter is request.adapter and one.caller == request.caller
+            for one in computed
+        )
 
     def _prefill(self) -> None:
         """Compute the next chunk of the prefill whose turn it is."""
