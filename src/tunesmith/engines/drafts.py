@@ -32,7 +32,7 @@ TRUST = 0.7
 LEARNING = 0.2
 """How fast that changes."""
 
-DEARER = 0.25
+DEARER = 0.4
 """By how much of the shortest pass each further step of tokens makes a pass longer."""
 
 _BEGINNING = -1
