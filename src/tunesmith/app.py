@@ -124,13 +124,14 @@ def dispatcher(parts: Parts, engine: "Engine") -> "Dispatcher":
     bulletin = Bulletin(database, settings.watches_per_account)
     stored, most = (parts.artifacts, parts.catalog, settings.cache_dir), settings.exports_per_account
     exports = Exports(database, *stored, parts.audit, most)
+    rated = safety(parts, engine)
     services = {
         f"{V1BETA}.ModelService": ModelService(database, parts.artifacts, parts.catalog, creation),
         f"{V1BETA}.PermissionService": PermissionService(database),
         f"{V1BETA}.GenerativeService": GenerativeService(
-            database, engine, parts.catalog, settings.cache_dir, safety(parts, engine)
+            database, engine, parts.catalog, settings.cache_dir, rated
         ),
-        f"{V1BETA}.TextService": TextService(database, engine, parts.catalog),
+        f"{V1BETA}.TextService": TextService(database, engine, parts.catalog, rated),
         "google.longrunning.Operations": Operations(database, parts.artifacts),
         "tunesmith.v1beta.TuningService": TuningService(
             database, creation, bulletin, Reports(database, engine, parts.catalog), exports

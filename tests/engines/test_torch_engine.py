@@ -32,15 +32,24 @@ def test_adapters_mixed_in_one_batch_answer_as_alone(client: Client, monkeypatch
     questions = [
         {"adapter": adapter, "text": text} for text in TEXTS[:4] for adapter in (None, "one", "two", "attention")
     ]
-    widest = []
-    decode = client.runner._decode
+    expected = [client.base.text(one["adapter"], one["text"], 24) for one in questions]
+    client.ask_all(questions[:4])  # the adapters are loaded, which takes the runner
+    widest, asked, all_asked = [], [], threading.Event()
+    decode, submit = client.runner._decode, client.runner.submit
+
+    def submitted(*requests: Request) -> None:
+        submit(*requests)
+        asked.extend(requests)
+        if len(asked) == len(questions):
+            all_asked.set()
 
     def watched() -> None:
+        all_asked.wait(30)
         widest.append(len(client.runner._running))
         decode()
 
+    monkeypatch.setattr(client.runner, "submit", submitted)
     monkeypatch.setattr(client.runner, "_decode", watched)
-    expected = [client.base.text(one["adapter"], one["text"], 24) for one in questions]
     assert client.ask_all(questions) == expected
     assert max(widest) > 4  # they did run together
     assert len(set(expected)) > len(TEXTS[:4])  # and the adapters do matter

@@ -1,11 +1,23 @@
 """Ratings and thresholds on a live server, whole and streamed; answers are held to texts of the tests' choice."""
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from servers import Server
+from tunesmith import protos
+from tunesmith.base_models.catalog import Catalog
+from tunesmith.caller import Caller
+from tunesmith.config import Settings
+from tunesmith.engines.base import Chunk
+from tunesmith.safety.base import CATEGORIES
+from tunesmith.safety.guard import Safety
+from tunesmith.safety.lexicon import LexiconRater
+from tunesmith.services.text import TextService
+from tunesmith.store.database import Database
 
 BASE = "models/tiny-gemma3"
 ORDER = [
@@ -161,3 +173,45 @@ def test_a_rater_that_is_not_in_the_catalog(tiny: dict[str, str], data_dir: Any)
     unknown = {**tiny, "TUNESMITH_SAFETY_RATER": "models/none-such"}
     told = Server(data_dir, unknown).run("serve", "--port", "0", "--grpc-port", "-1", code=1)
     assert "models/none-such" in told
+
+
+def test_generate_text_is_rated_and_blocked_by_palm_s_categories(server: Server) -> None:
+    settings = [
+        {"category": f"HARM_CATEGORY_{name}", "threshold": "BLOCK_LOW_AND_ABOVE"}
+        for name in ("TOXICITY", "VIOLENCE")
+    ]
+    asked = {"prompt": {"text": INSULT}, "maxOutputTokens": 4}
+    (candidate,) = server.call("POST", f"{BASE}:generateText", asked)["candidates"]
+    assert probability(candidate["safetyRatings"]) == "NEGLIGIBLE"
+    answer = server.call("POST", f"{BASE}:generateText", {**asked, "safetySettings": settings})
+    assert "candidates" not in answer
+    assert answer["filters"] == [{"reason": "SAFETY"}]
+    (feedback,) = answer["safetyFeedback"]
+    assert feedback["rating"] == {"category": ORDER[2], "probability": "HIGH", "blocked": True}
+    assert feedback["setting"] == {"category": ORDER[2], "threshold": "BLOCK_LOW_AND_ABOVE"}
+    wrong = [{"category": "HARM_CATEGORY_HARASSMENT", "threshold": "OFF"}, settings[0]]
+    told = server.call("POST", f"{BASE}:generateText", {**asked, "safetySettings": wrong}, 400)
+    assert "GenerateTextRequest.safety_settings[1].category: is set twice" in told["error"]["message"]
+
+
+class Saying:
+    """An engine that says given texts, as what a tuned model says cannot be relied on."""
+
+    def __init__(self, *texts: str) -> None:
+        self._texts = texts
+
+    def generate(self, *_asked: Any) -> Iterator[Chunk]:
+        for index, text in enumerate(self._texts):
+            yield Chunk(text, 2, 9, protos.Candidate.STOP, index)
+
+
+def test_blocked_texts_are_left_out(tmp_path: Path) -> None:
+    engine: Any = Saying(INSULT, HARMLESS)
+    catalog = Catalog.load(Settings(data_dir=tmp_path))
+    strict = Safety(LexiconRater(), "BLOCK_LOW_AND_ABOVE")
+    service = TextService(Database(f"sqlite:///{tmp_path / 'test.db'}"), engine, catalog, strict)
+    asked = protos.GenerateTextRequest(model="models/gemma-3-270m", prompt={"text": "say it"}, candidate_count=2)
+    answer = service.generate_text(asked, Caller("ada@example.com"))
+    assert [candidate.output for candidate in answer.candidates] == [HARMLESS]
+    assert [one.reason for one in answer.filters] == [protos.ContentFilter.SAFETY]
+    assert [one.rating.category for one in answer.safety_feedback] == [CATEGORIES[2]]

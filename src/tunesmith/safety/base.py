@@ -5,12 +5,16 @@ from typing import Protocol
 from tunesmith import protos
 from tunesmith.caller import Caller
 
-_HARM = protos.POOL.FindEnumTypeByName("google.ai.generativelanguage.v1beta.HarmCategory").values_by_name
+HARM = protos.POOL.FindEnumTypeByName("google.ai.generativelanguage.v1beta.HarmCategory")
 
-CATEGORIES: tuple[int, ...] = tuple(
-    _HARM[f"HARM_CATEGORY_{name}"].number
-    for name in ("SEXUALLY_EXPLICIT", "HATE_SPEECH", "HARASSMENT", "DANGEROUS_CONTENT")
-)
+
+def category(name: str) -> int:
+    """Return a `HarmCategory` by its name without what all begin with."""
+    number: int = HARM.values_by_name[f"HARM_CATEGORY_{name}"].number
+    return number
+
+
+CATEGORIES = tuple(map(category, ("SEXUALLY_EXPLICIT", "HATE_SPEECH", "HARASSMENT", "DANGEROUS_CONTENT")))
 """What texts are rated for, in the order in which ratings come."""
 
 Probabilities = tuple[int, ...]

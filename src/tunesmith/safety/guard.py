@@ -7,12 +7,9 @@ from dataclasses import dataclass, field
 from tunesmith import protos
 from tunesmith.caller import Caller
 from tunesmith.errors import InvalidArgument
-from tunesmith.safety.base import CATEGORIES, Probabilities, Rater
+from tunesmith.safety.base import CATEGORIES, HARM, Probabilities, Rater, category
 
-_ENUMS = "google.ai.generativelanguage.v1beta."
-_CATEGORY = protos.POOL.FindEnumTypeByName(f"{_ENUMS}HarmCategory")
-_CIVIC_INTEGRITY = _CATEGORY.values_by_name["HARM_CATEGORY_CIVIC_INTEGRITY"].number
-_TAKEN = (*CATEGORIES, _CIVIC_INTEGRITY)  # the last is taken and has no rating, as Google's is
+_TAKEN = (*CATEGORIES, category("CIVIC_INTEGRITY"))  # the last is taken and has no rating, as Google's is
 _NEVER = protos.SafetyRating.HIGH + 1
 _FROM = {
     "BLOCK_LOW_AND_ABOVE": protos.SafetyRating.LOW,
@@ -22,6 +19,9 @@ _FROM = {
     "OFF": _NEVER,
 }
 """From which probability on each threshold blocks."""
+_THRESHOLDS = {
+    least: protos.SafetySetting.HarmBlockThreshold.Value(name) for name, least in _FROM.items() if least < _NEVER
+}
 LATEST = 1_000  # characters of an answer that is under way that are rated again and again
 
 Ratings = list[protos.SafetyRating]
@@ -84,6 +84,23 @@ class Guard:
         """Whether the prompt gets no answer."""
         return bool(self.feedback.block_reason)
 
+    def rated(self, text: str) -> Ratings:
+        """Return the ratings of a whole answer."""
+        return self._ratings(self._rater.rate(text, self._question, self._caller))
+
+    def feedback_on(self, ratings: Iterable[protos.SafetyRating]) -> list[protos.SafetyFeedback]:
+        """Return the ratings that block, each with the threshold that has it so."""
+        return [
+            protos.SafetyFeedback(
+                rating=rating,
+                setting=protos.SafetySetting(
+                    category=rating.category, threshold=_THRESHOLDS[self._blocked_from[rating.category]]
+                ),
+            )
+            for rating in ratings
+            if rating.blocked
+        ]
+
     def watched(
         self, responses: Generator[protos.GenerateContentResponse], count: int
     ) -> Iterator[protos.GenerateContentResponse]:
@@ -130,9 +147,9 @@ class Guard:
     def _ratings(self, probabilities: Probabilities) -> Ratings:
         return [
             protos.SafetyRating(
-                category=category, probability=probability, blocked=probability >= self._blocked_from[category]
+                category=rated, probability=probability, blocked=probability >= self._blocked_from[rated]
             )
-            for category, probability in zip(CATEGORIES, probabilities, strict=True)
+            for rated, probability in zip(CATEGORIES, probabilities, strict=True)
         ]
 
 
@@ -157,7 +174,7 @@ def _thresholds(settings: Iterable[protos.SafetySetting], unspecified: int, path
     wrong = []
     for number, setting in enumerate(settings):
         if setting.category not in _TAKEN:
-            allowed = ", ".join(_CATEGORY.values_by_number[category].name for category in _TAKEN)
+            allowed = ", ".join(HARM.values_by_number[taken].name for taken in _TAKEN)
             wrong.append((f"{path}[{number}].category", f"must be one of {allowed}"))
         elif setting.category in chosen:
             wrong.append((f"{path}[{number}].category", "is set twice: give one threshold for each category"))
