@@ -6,6 +6,7 @@ docs/benchmarks.md says how each figure is taken. Needs Linux, for /proc.
 """
 
 import argparse
+import math
 import os
 import platform
 import statistics
@@ -110,8 +111,11 @@ def settled(bench: Bench, name: str, task: Task, pairs: Sequence[tuple[Figures, 
 def loss_goal(name: str, pairs: Sequence[tuple[Figures, Figures]]) -> Goal:
     """Return the goal of equal learning: the final loss, its mean over the seeds."""
     ours, theirs = (statistics.mean(figures.final_loss for figures in side) for side in zip(*pairs, strict=True))
-    apart = ours / theirs - 1
-    return Goal(f"{name}: final loss within 2 % of TRL's", f"{apart:+.1%}", abs(apart) <= 0.02)
+    apart, reached = ours / theirs - 1, f"{ours / theirs - 1:+.1%}"
+    if len(pairs) > 2:
+        spread = statistics.stdev(mine.final_loss - other.final_loss for mine, other in pairs)
+        reached += f", standard error {spread / math.sqrt(len(pairs)) / theirs:.1%}"
+    return Goal(f"{name}: final loss within 2 % of TRL's", reached, abs(apart) <= 0.02)
 
 
 def tutorial_job(bench: Bench, options: Options) -> Iterator[Goal]:
