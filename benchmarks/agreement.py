@@ -3,7 +3,7 @@
 200 held-out inputs over eight adapters, greedy: asked alone, in random batches of up to 16, and of PEFT in
 transformers. Prints the share of equal texts, and for each difference how sure the engine was where they part: by
 how much the best token's log-probability exceeded the second's.
-Run: python benchmarks/agreement.py [--prompts N] [--tokens N] [--seed N] [--no-peft] [--quick]
+Run: python benchmarks/agreement.py [--prompts N] [--tokens N] [--seed N] [--no-peft] [--float32] [--quick]
 """
 
 import argparse
@@ -101,12 +101,12 @@ def in_random_batches(asker: Asker, asked: Sequence[Question], draw: random.Rand
 
 
 @torch.inference_mode()
-def of_peft(base: Weights, folder: Path, asked: Sequence[Question], tokens: int) -> list[str]:
+def of_peft(base: Weights, folder: Path, asked: Sequence[Question], tokens: int, dtype: torch.dtype) -> list[str]:
     """Return what PEFT in transformers answers, one question at a time, in the precision that we serve in."""
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
     store, tokenizer = serving_weights.artifacts_of(folder), base.tokenizer()
-    model: Any = AutoModelForCausalLM.from_pretrained(base.path, dtype=compute_dtype(torch.device("cpu")))
+    model: Any = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
     adapted: Any = PeftModel.from_pretrained(model, f"{store}/{serving_weights.adapter_path(0)}", adapter_name="0")
     for number in range(1, ADAPTERS):
         adapted.load_adapter(f"{store}/{serving_weights.adapter_path(number)}", adapter_name=str(number))
@@ -179,14 +179,15 @@ def main(options: argparse.Namespace) -> None:
         f"{base.version}, {count} inputs over {ADAPTERS} adapters, answers of at most {tokens} tokens", flush=True
     )
     store = ArtifactStore(serving_weights.artifacts_of(folder))
-    engine = TorchEngine(store, settings.cache_dir, device="cpu", max_batch=settings.max_batch)
+    dtype = torch.float32 if options.float32 else compute_dtype(torch.device("cpu"))
+    engine = TorchEngine(store, settings.cache_dir, device="cpu", max_batch=settings.max_batch, dtype=dtype)
     try:
         asker, draw = Asker(engine, base, tokens), random.Random(options.seed)
         alone = timed("alone", lambda: [asker.answer(question) for question in asked])
         batched = timed("in batches", lambda: in_random_batches(asker, asked, draw))
         print(*compare(asker, "alone and in batches", asked, alone, batched), sep="\n", flush=True)
         if not options.no_peft:
-            theirs = timed("PEFT", lambda: of_peft(base, folder, asked, tokens))
+            theirs = timed("PEFT", lambda: of_peft(base, folder, asked, tokens, dtype))
             print(*compare(asker, "alone and PEFT", asked, alone, theirs), sep="\n", flush=True)
     finally:
         engine.close()
@@ -207,6 +208,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=48, help="the longest answer")
     parser.add_argument("--seed", type=int, default=0, help="of the batches")
     parser.add_argument("--no-peft", action="store_true", help="leave PEFT out")
+    parser.add_argument("--float32", action="store_true", help="in a precision that leaves no near ties")
     parser.add_argument("--quick", action="store_true", help="40 inputs, short answers: to see that all works")
     return parser.parse_args()
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
+import torch
 from tokenizers import Tokenizer
 from torch.nn import functional
 
@@ -48,6 +49,7 @@ class TorchEngine:
         waiting_seconds: How long.
         metrics: What is told of them.
         drafts: Whether tokens are guessed and checked, which changes no answer.
+        dtype: Number format of the weights; what the device is fast in if not given.
     """
 
     def __init__(
@@ -63,10 +65,12 @@ class TorchEngine:
         waiting_seconds: float = 3600.0,
         metrics: EngineMetrics | None = None,
         drafts: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._artifacts = artifacts
         self._cache_dir = cache_dir
         self._device = pick_device(device)
+        self._dtype = dtype or compute_dtype(self._device)
         self._max_batch, self._kv_bytes = max_batch, kv_bytes
         self._waiting, self._drafts = (waiting, waiting_seconds), drafts
         self._metrics = metrics or EngineMetrics()
@@ -168,7 +172,7 @@ class TorchEngine:
                 runner = Runner(
                     weights.get(model, self._cache_dir),
                     self._device,
-                    compute_dtype(self._device),
+                    self._dtype,
                     self._max_batch,
                     self._kv_bytes,
                     Admission(*self._waiting),
