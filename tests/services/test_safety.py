@@ -189,9 +189,9 @@ def test_generate_text_is_rated_and_blocked_by_palm_s_categories(server: Server)
     (feedback,) = answer["safetyFeedback"]
     assert feedback["rating"] == {"category": ORDER[2], "probability": "HIGH", "blocked": True}
     assert feedback["setting"] == {"category": ORDER[2], "threshold": "BLOCK_LOW_AND_ABOVE"}
-    wrong = [{"category": "HARM_CATEGORY_HARASSMENT", "threshold": "OFF"}, settings[0]]
+    wrong = [settings[1], {"category": "HARM_CATEGORY_HARASSMENT", "threshold": "OFF"}, settings[0]]
     told = server.call("POST", f"{BASE}:generateText", {**asked, "safetySettings": wrong}, 400)
-    assert "GenerateTextRequest.safety_settings[1].category: is set twice" in told["error"]["message"]
+    assert "GenerateTextRequest.safety_settings[2].category: is set twice" in told["error"]["message"]
 
 
 class Saying:

@@ -1,6 +1,6 @@
 """What ratings do to one call: its thresholds, a prompt that is blocked, an answer that is cut off."""
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -39,7 +39,12 @@ class Safety:
         self._rater, self._threshold = rater, _FROM[threshold]
 
     def guard(
-        self, settings: Iterable[protos.SafetySetting], question: str, caller: Caller, path: str
+        self,
+        settings: Iterable[protos.SafetySetting],
+        question: str,
+        caller: Caller,
+        path: str,
+        unrated: Sequence[int] = (),
     ) -> "Guard | None":
         """Return the guard of one call; None when nothing is rated.
 
@@ -48,11 +53,14 @@ class Safety:
             question: The prompt's text.
             caller: Who asks.
             path: Where the settings stand in the request, for errors.
+            unrated: Categories that are taken besides, and have no rating.
 
         Raises:
             InvalidArgument: A category is set twice, or has no rating.
         """
-        chosen = dict.fromkeys(CATEGORIES, self._threshold) | _thresholds(settings, self._threshold, path)
+        chosen = dict.fromkeys(CATEGORIES, self._threshold) | _thresholds(
+            settings, self._threshold, path, (*_TAKEN, *unrated)
+        )
         return None if self._rater is None else Guard(self._rater, chosen, question, caller)
 
 
@@ -168,13 +176,15 @@ class _Answer:
         return any(rating.blocked for rating in self.ratings)
 
 
-def _thresholds(settings: Iterable[protos.SafetySetting], unspecified: int, path: str) -> dict[int, int]:
+def _thresholds(
+    settings: Iterable[protos.SafetySetting], unspecified: int, path: str, taken: Sequence[int]
+) -> dict[int, int]:
     names = protos.SafetySetting.DESCRIPTOR.enum_types_by_name["HarmBlockThreshold"].values_by_number
     chosen: dict[int, int] = {}
     wrong = []
     for number, setting in enumerate(settings):
-        if setting.category not in _TAKEN:
-            allowed = ", ".join(HARM.values_by_number[taken].name for taken in _TAKEN)
+        if setting.category not in taken:
+            allowed = ", ".join(HARM.values_by_number[one].name for one in taken)
             wrong.append((f"{path}[{number}].category", f"must be one of {allowed}"))
         elif setting.category in chosen:
             wrong.append((f"{path}[{number}].category", "is set twice: give one threshold for each category"))

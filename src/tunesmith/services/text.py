@@ -36,7 +36,8 @@ class TextService:
         turns = _turns(request.prompt, "GenerateTextRequest")
         chosen = sampling(request, target, "GenerateTextRequest")
         settings = _settings(request.safety_settings)
-        guard = self._safety.guard(settings, request.prompt.text, caller, "GenerateTextRequest.safety_settings")
+        path = "GenerateTextRequest.safety_settings"
+        guard = self._safety.guard(settings, request.prompt.text, caller, path, _UNRATED)
         if guard and guard.blocks_prompt:
             return _blocked(guard, guard.feedback.safety_ratings)
         texts = [""] * chosen.candidates
@@ -69,11 +70,10 @@ def _blocked(guard: Guard, ratings: Iterable[protos.SafetyRating]) -> protos.Gen
 
 
 def _settings(settings: Iterable[protos.SafetySetting]) -> list[protos.SafetySetting]:
-    """Return settings with PaLM's categories as those that are rated; of violence and medicine nothing is."""
+    """Return settings with PaLM's categories as those that are rated, where there is one."""
     return [
         protos.SafetySetting(category=_RATED.get(one.category, one.category), threshold=one.threshold)
         for one in settings
-        if one.category not in _UNRATED
     ]
 
 
