@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 
@@ -130,6 +131,16 @@ def test_rows_that_draw_stand_before_those_that_do_not(constraints: Constraints,
     scores[:, TOKENIZER.token_to_id("a")] = 50
     rows = [Sampler(Sampling(1.0, 1.0, 5, 1), first), Sampler(Sampling(0.0, 1.0, 0, 1), second)]
     assert [TOKENIZER.id_to_token(chosen.token) for chosen in choose(scores, rows)] == ["b", "c"]
+
+
+def test_a_model_with_fewer_scores_than_its_tokenizer_has_tokens(constraints: Constraints, tokenizer: Path):
+    matcher = constraints.matcher(Constraint("schema", choices=("b",)), "", tokenizer, STOPS)
+    whole = np.zeros(-(-PADDED // 32), np.int32)
+    matcher.allowed(whole)
+    memory = np.full(len(whole), 7, np.int32)
+    matcher.allowed(memory[:2])
+    assert memory[:2].tolist() == whole[:2].tolist()
+    assert set(memory[2:].tolist()) == {7}  # nothing is written behind what was given
 
 
 def test_whitespace_does_not_go_on_for_ever(constraints: Constraints, tokenizer: Path):

@@ -51,8 +51,12 @@ class Matcher:
     def allowed(self, bits: NDArray[np.int32]) -> None:
         """Write which tokens of a vocabulary may come next, a bit each; all, once it has failed."""
         words = (self._vocabulary + 31) // 32
-        bits[words:] = 0
-        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, words * bits.itemsize)
+        # A tokenizer may have more tokens than the model has scores, and the matcher writes all of them.
+        mask = bits if len(bits) >= words else np.empty(words, np.int32)
+        mask[words:] = 0
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, words * mask.itemsize)
+        if mask is not bits:
+            bits[:] = mask[: len(bits)]
         if self._matcher.is_error():
             bits[:] = -1
 
