@@ -153,7 +153,7 @@ def engine_of(parts: Parts, metrics: "EngineMetrics") -> "Engine":
 
     settings = parts.settings
     if settings.engine == "vllm":
-        return _vllm_engine(parts)
+        return _vllm_engine(parts, metrics)
     return TorchEngine(
         parts.artifacts,
         settings.cache_dir,
@@ -188,16 +188,22 @@ def vllm_client(settings: Settings) -> "VllmClient":
     return VllmClient(settings.vllm_url, key, settings.vllm_silence_seconds)
 
 
-def _vllm_engine(parts: Parts) -> "Engine":
+def _vllm_engine(parts: Parts, metrics: "EngineMetrics") -> "Engine":
+    from tunesmith.engines.admission import Admission
+    from tunesmith.engines.places import Places
     from tunesmith.engines.vllm_adapters import VllmAdapters
     from tunesmith.engines.vllm_engine import VllmEngine
 
     settings = parts.settings
     folder, client = settings.vllm_adapters, vllm_client(settings)
     seen_as = settings.vllm_adapters_path or str(folder)
-    adapters = VllmAdapters(parts.artifacts, client, folder, seen_as, settings.loaded_adapters)
+    adapters = VllmAdapters(parts.artifacts, client, folder, seen_as, settings.loaded_adapters, metrics)
     model = vllm_base(settings, parts.catalog)
-    return VllmEngine(parts.artifacts, settings.cache_dir, client, model.id, settings.vllm_model, adapters)
+    admission = Admission(settings.waiting_answers, settings.waiting_seconds)
+    places = Places(settings.vllm_max_seqs, admission, metrics, model.id)
+    return VllmEngine(
+        parts.artifacts, settings.cache_dir, client, model.id, settings.vllm_model, adapters, places, metrics
+    )
 
 
 def safety(parts: Parts, engine: "Engine") -> "Safety":
@@ -464,7 +470,8 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _generating(settings: Settings) -> int:
     """Return how many calls for answers a transport runs: all that the engine takes, and those it refuses."""
-    return settings.max_batch + settings.waiting_answers + REFUSED_AT_ONCE
+    places = settings.vllm_max_seqs if settings.engine == "vllm" else settings.max_batch
+    return places + settings.waiting_answers + REFUSED_AT_ONCE
 
 
 def _worker_arguments(settings: Settings) -> list[str]:

@@ -219,6 +219,12 @@ class Settings(BaseSettings):
     vllm_silence_seconds: float = Field(
         120.0, gt=0, description="How long the vLLM server may say nothing to a request before that ends with 503."
     )
+    vllm_max_seqs: int = Field(
+        256,
+        gt=0,
+        description="Requests that the vLLM server is given at a time, its --max-num-seqs; more wait here, where "
+        "accounts take turns.",
+    )
     max_batch: int = Field(16, gt=0, description="Sequences generated together.")
     loaded_adapters: int = Field(
         32, gt=0, description="Tuned models kept in memory: at rank 16 about 15 MB each with Gemma 3 270M."

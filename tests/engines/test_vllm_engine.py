@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 import tiny
 from engines.vllm_model import LONGEST, publish, vllm_weights
 from engines.vllm_server import BASE, VllmServer
 from tunesmith import protos
 from tunesmith.base_models.prompts import FORMATS, Turn
+from tunesmith.engines.admission import Admission
 from tunesmith.engines.base import Chunk, Constraint, Sampling
+from tunesmith.engines.metrics import EngineMetrics
+from tunesmith.engines.places import Places
 from tunesmith.engines.vllm_adapters import FILES, VllmAdapters
 from tunesmith.engines.vllm_client import VllmClient
 from tunesmith.engines.vllm_engine import VllmEngine
@@ -23,6 +27,7 @@ from tunesmith.errors import (
     Internal,
     InvalidArgument,
     NotFound,
+    ResourceExhausted,
     Unavailable,
     Unimplemented,
 )
@@ -43,11 +48,19 @@ class Bench:
         self.sound = publish(self.store, self.weights)
         self.server, self.path = server, path
 
-    def engine(self, url: str = "", capacity: int = 4, silence: float = 400.0) -> VllmEngine:
+    def engine(
+        self,
+        url: str = "",
+        capacity: int = 4,
+        silence: float = 400.0,
+        places: int = 8,
+        metrics: CollectorRegistry | None = None,
+    ) -> VllmEngine:
         client = VllmClient(url or self.server.url, silence_seconds=silence)
-        folder = self.path / "pushed"
-        adapters = VllmAdapters(self.store, client, folder, str(folder), capacity)
-        return VllmEngine(self.store, self.path / "cache", client, self.model.id, "", adapters)
+        folder, told = self.path / "pushed", EngineMetrics(metrics)
+        adapters = VllmAdapters(self.store, client, folder, str(folder), capacity, told)
+        queue = Places(places, Admission(1, 60.0), told, self.model.id)
+        return VllmEngine(self.store, self.path / "cache", client, self.model.id, "", adapters, queue, told)
 
     def prompt(self, text: str, adapter: str | None) -> list[int]:
         form = FORMATS["plain" if adapter is None else "labelled"]
@@ -302,6 +315,60 @@ def test_long_prompts(engine: VllmEngine, bench: Bench) -> None:
     chunks = ask(engine, bench, None, "z" * (LONGEST - 5), max_output_tokens=256)
     assert chunks[-1].prompt_tokens + chunks[-1].output_tokens == LONGEST
     assert chunks[-1].finish_reason == protos.Candidate.MAX_TOKENS
+
+
+def refusal(engine: VllmEngine, bench: Bench) -> ResourceExhausted | None:
+    """Ask for somebody who has left; return the error when there was no room to wait for a place."""
+    gone = threading.Event()
+    gone.set()
+    try:
+        next(engine.generate(bench.model, None, [Turn("user", "hello")], GREEDY, gone))
+    except ResourceExhausted as error:
+        return error
+    except Cancelled:
+        return None
+    raise AssertionError("a client that has left was answered")
+
+
+def test_more_than_it_has_places_for_wait_or_are_refused(bench: Bench) -> None:
+    engine, gone = bench.engine(places=1), threading.Event()
+    first = engine.generate(bench.model, None, [Turn("user", "hello")], GREEDY, gone, "ada")
+    text = next(first).text  # and it keeps its place
+    answers: list[str] = []
+    second = threading.Thread(target=lambda: answers.append(text_of(ask(engine, bench, None, "hello"))))
+    second.start()
+    refused = None
+    while refused is None:  # until the other one waits, these have its place
+        refused = refusal(engine, bench)
+    assert "waiting_answers" in refused.message
+    assert refused.retry_seconds == 1
+    assert not answers
+    text += text_of([*first])
+    second.join(30)
+    assert [text] == answers == [bench.peft(None, "hello")]
+    engine.close()
+
+
+def test_metrics(bench: Bench) -> None:
+    bench.server.restart()
+    registry = CollectorRegistry()
+    engine = bench.engine(capacity=1, metrics=registry)
+
+    def value(name: str) -> float:
+        return registry.get_sample_value(f"tunesmith_{name}", {"model": bench.model.id}) or 0.0
+
+    for adapter in (None, "one", "one", "two"):
+        ask(engine, bench, adapter, "hello")
+    assert value("adapter_loads_total") == value("adapter_load_seconds_count") == 2
+    assert (value("adapter_hits_total"), value("adapter_evictions_total"), value("adapters")) == (1, 1, 1)
+    assert value("wait_seconds_count") == value("first_token_seconds_count") == 4
+    asked = [(None, bench.prompt("hello", None)), *((name, bench.prompt("hello", name)) for name in ("one",) * 2)]
+    asked.append(("two", bench.prompt("hello", "two")))
+    assert value("prompt_tokens_total") == sum(len(prompt) for _, prompt in asked)
+    tokens = sum(len(bench.peft_tokens(adapter, "hello")) for adapter, _ in asked)
+    assert tokens <= value("output_tokens_total") <= tokens + 4  # with the ends
+    assert (value("running_answers"), value("waiting_answers")) == (0, 0)
+    engine.close()
 
 
 def test_embeddings_are_not_implemented(engine: VllmEngine, bench: Bench) -> None:

@@ -22,7 +22,9 @@ class Admission:
     """
 
     def __init__(self, most: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._most, self._seconds, self.now = most, seconds, clock
+        self._most, self.now = most, clock
+        self.seconds = seconds
+        """How long one may wait."""
         self._lock = Lock()
         self._took: float | None = None
         """Seconds that an answer is under way, on average; None before the first has ended."""
@@ -56,24 +58,29 @@ class Admission:
             ResourceExhausted: Where it says after how many seconds to try again.
         """
         expected = self.wait(ahead, under_way)
-        if expected > self._seconds:
+        if expected > self.seconds:
             what = (
                 f"The answer would wait for its turn for about {math.ceil(expected):,} seconds, and "
-                f"{self._seconds:g} are the most (waiting_seconds)."
+                f"{self.seconds:g} are the most (waiting_seconds)."
             )
-            raise _busy(what, expected - self._seconds)
+            raise _busy(what, expected - self.seconds)
 
     def late(self, since: float) -> bool:
         """Return whether what came then has waited for longer than it may."""
-        return self.now() - since > self._seconds
+        return self.now() - since > self.seconds
 
     def overdue(self, under_way: int) -> Unavailable:
         """Return the error of an answer that was let in and whose turn did not come in time."""
         return Unavailable(
-            f"The answer's turn did not come within {self._seconds:g} seconds (waiting_seconds): those before it "
+            f"The answer's turn did not come within {self.seconds:g} seconds (waiting_seconds): those before it "
             "took longer than was to be expected. Try again.",
             [_retry(self.wait(0, under_way))],
         )
+
+
+def closing() -> Unavailable:
+    """Return the error that ends requests when the engine closes."""
+    return Unavailable("The server is shutting down.")
 
 
 def _busy(what: str, seconds: float) -> ResourceExhausted:

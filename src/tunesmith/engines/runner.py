@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from tunesmith.base_models import decoder
 from tunesmith.base_models.weights import Weights
-from tunesmith.engines.admission import Admission
+from tunesmith.engines.admission import Admission, closing
 from tunesmith.engines.choices import Choices
 from tunesmith.engines.drafts import Guess, worth
 from tunesmith.engines.lora import Adapter
@@ -33,10 +33,11 @@ from tunesmith.engines.metrics import EngineMetrics
 from tunesmith.engines.module_network import ModuleNetwork
 from tunesmith.engines.network import Network, Piece
 from tunesmith.engines.packed_network import PackedNetwork
+from tunesmith.engines.queue import Queue
 from tunesmith.engines.request import Request
 from tunesmith.engines.sampling import Chosen, Sampler
 from tunesmith.engines.turns import Turns
-from tunesmith.errors import ApiError, Cancelled, Internal, ResourceExhausted, Unavailable
+from tunesmith.errors import ApiError, Cancelled, Internal, Unavailable
 from tunesmith.kernels.decoding import DecodingKernels
 
 CHUNK = 512
@@ -109,7 +110,7 @@ class Runner:
         self._admission, self._metrics, self._label = admission, metrics, weights.model.id
         self._under_way = 0
         """How many requests have left the queue; changed with the lock held."""
-        self._waiting: Turns[Request] = Turns()
+        self._waiting: Queue[Request] = Queue(max_batch, admission, metrics, weights.model.id)
         self._prefilling: deque[_Prefill] = deque()
         self._running: list[Request] = []
         self._tasks: Turns[tuple[Future[Any], Callable[[], Any]]] = Turns()
@@ -134,8 +135,7 @@ class Runner:
             self._refuse_when_closing()
             self._let_in(requests[0].caller)
             for request in requests:
-                request.since = self._admission.now()
-                self._waiting.add(request.caller, [request])
+                self._waiting.add(request)
             self._wake.notify()
 
     def check(self, caller: str) -> None:
@@ -211,29 +211,10 @@ class Runner:
     def _let_in(self, caller: str) -> None:
         """Make sure that one more of a caller's may wait; the lock is held.
 
-        Where the queue is full, who has most waiting gives up the last of it for somebody who has less.
-
         Raises:
             ResourceExhausted: It may not.
         """
-        free = max(self._max_batch - self._under_way, 0)
-        waiting = max(len(self._waiting) - free, 0) + len(self._tasks)
-        try:
-            ahead = self._waiting.ahead(caller) - free
-            if ahead >= 0:
-                self._admission.check(ahead, self._under_way)
-        except ResourceExhausted:
-            self._refused("too_long")
-            raise
-        if waiting and self._admission.full(waiting):
-            self._refused("queue_full")
-            error, given_up = self._admission.refuse(self._under_way), self._waiting.give_up(caller)
-            if given_up is None:
-                raise error
-            given_up.end(error)
-
-    def _refused(self, reason: str) -> None:
-        self._metrics.refused.labels(self._label, reason).inc()
+        self._waiting.let_in(caller, self._under_way, len(self._tasks))
 
     def _refuse_when_closing(self) -> None:
         if self._closing:
@@ -334,7 +315,7 @@ class Runner:
     def _drop_ended(self) -> None:
         """Take out the requests that have ended, and those that nobody waits for."""
         with self._wake:
-            self._waiting.keep(self._waits_on)
+            self._waiting.drop(self._under_way)
         gone = [prefill for prefill in self._prefilling if self._all_leave(prefill)]
         for prefill in gone:
             self._prefilling.remove(prefill)
@@ -342,19 +323,8 @@ class Runner:
         left = [request for request in self._running if request.leave()]
         self._close([request.slot for request in left])
         for request in left:
-            self._admission.ended(self._admission.now() - request.begun)
+            self._waiting.ended(request)
         self._running = [request for request in self._running if not request.ended]
-
-    def _waits_on(self, request: Request) -> bool:
-        """Return whether a request stays in the queue."""
-        if request.leave():
-            self._refused("gone")
-            return False
-        if self._admission.late(request.since):
-            self._refused("overdue")
-            request.end(self._admission.overdue(self._under_way))
-            return False
-        return True
 
     def _observe(self) -> None:
         """Tell how a step left things."""
@@ -383,8 +353,7 @@ class Runner:
         admitted: list[Request] = []
         longest = 0
         with self._wake:
-            while len(under_way) + len(admitted) < self._max_batch and (turn := self._waiting.next(held)):
-                caller, request = turn
+            while len(under_way) + len(admitted) < self._max_batch and (request := self._waiting.next(held)):
                 if self._is_computed(request, admitted):
                     break
                 longest = max(longest, len(request.prompt))
@@ -394,10 +363,9 @@ class Runner:
                 request.slot = self._network.open(most)
                 if request.slot is None:
                     break  # those that run make room when they end
-                admitted.append(self._waiting.take(caller))
-                held[caller] += 1
-                request.begun = self._admission.now()
-                self._metrics.wait.labels(self._label).observe(request.begun - request.since)
+                self._waiting.take(request)
+                admitted.append(request)
+                held[request.caller] += 1
             self._under_way = len(under_way) + len(admitted)
         if admitted:
             self._prefilling.append(_Prefill(admitted))
@@ -597,8 +565,3 @@ def _groups(texts: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]
 
 def _failed() -> Internal:
     return Internal("An internal error has occurred. Please retry or report it to the operator of this server.")
-
-
-def closing() -> Unavailable:
-    """Return the error that ends requests when the engine closes."""
-    return Unavailable("The server is shutting down.")

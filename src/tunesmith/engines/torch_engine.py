@@ -19,14 +19,14 @@ from tunesmith.base_models.device import compute_dtype, pick_device
 from tunesmith.base_models.prompts import FORMATS, PromptFormat, Turn
 from tunesmith.base_models.weights import Weights
 from tunesmith.engines.adapter_cache import AdapterCache
-from tunesmith.engines.admission import Admission
+from tunesmith.engines.admission import Admission, closing
 from tunesmith.engines.answer import Answer
 from tunesmith.engines.base import Chunk, Sampling
 from tunesmith.engines.constraint import Constraints
 from tunesmith.engines.drafts import Drafter
 from tunesmith.engines.metrics import EngineMetrics
 from tunesmith.engines.request import Events, Request
-from tunesmith.engines.runner import Runner, closing
+from tunesmith.engines.runner import Runner
 from tunesmith.engines.sampling import Sampler
 from tunesmith.errors import ApiError, Cancelled, Internal, InvalidArgument
 from tunesmith.store.artifacts import ArtifactStore

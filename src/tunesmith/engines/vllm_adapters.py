@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from tunesmith.base_models.prompts import FORMATS
 from tunesmith.base_models.weights import Weights
+from tunesmith.engines.metrics import EngineMetrics
 from tunesmith.engines.probe import check_base, check_probe, near
 from tunesmith.engines.vllm_client import VllmClient
 from tunesmith.errors import ApiError, FailedPrecondition, Internal
@@ -53,12 +54,19 @@ class VllmAdapters:
         folder: Where they are written for the server; several processes may share it, each has a part of its own.
         seen_as: The same folder, as the server sees it.
         capacity: How many the server is given; more only while more are in use.
+        metrics: What is told of them.
     """
 
     def __init__(
-        self, artifacts: ArtifactStore, client: VllmClient, folder: Path, seen_as: str, capacity: int
+        self,
+        artifacts: ArtifactStore,
+        client: VllmClient,
+        folder: Path,
+        seen_as: str,
+        capacity: int,
+        metrics: EngineMetrics,
     ) -> None:
-        self._artifacts, self._client, self._capacity = artifacts, client, capacity
+        self._artifacts, self._client, self._capacity, self._metrics = artifacts, client, capacity, metrics
         self._folder, self._seen_as = folder, seen_as.rstrip("/")
         self._part = f"tunesmith-{secrets.token_hex(4)}"
         self._held: FileLock | None = None
@@ -93,11 +101,13 @@ class VllmAdapters:
         try:
             if first:
                 self._fill(path, entry, weights, base)
+            else:
+                self._metrics.adapter_hits.labels(weights.model.id).inc()
             yield entry.pushed.result()  # whoever comes while another pushes waits here
         finally:
             with self._lock:
                 entry.users -= 1
-                out = self._excess()
+                out = self._excess(weights.model.id)
             for pushed in out:
                 self._take_away(pushed)
 
@@ -123,7 +133,9 @@ class VllmAdapters:
 
     def _fill(self, path: str, entry: _Entry, weights: Weights, base: str) -> None:
         try:
-            entry.pushed.set_result(self._push(path, weights, base))
+            with self._metrics.adapter_load_seconds.labels(weights.model.id).time():
+                entry.pushed.set_result(self._push(path, weights, base))
+            self._metrics.adapter_loads.labels(weights.model.id).inc()
         except BaseException as error:  # noqa: BLE001 — raised by whoever waits
             with self._lock:
                 if self._entries.get(path) is entry:
@@ -184,13 +196,16 @@ class VllmAdapters:
         # What the server sees is whole.
         scratch.rename(scratch.with_name(name))
 
-    def _excess(self) -> list[Pushed]:
+    def _excess(self, model: str) -> list[Pushed]:
         """Take the idle ones out that are too many, or of no more use."""
         idle = [entry for entry in self._forgotten if entry.users == 0]
         self._forgotten = [entry for entry in self._forgotten if entry.users]
         excess = max(len(self._entries) - self._capacity, 0)
         paths = [path for path, entry in self._entries.items() if entry.users == 0 and entry.pushed.done()]
-        return [entry.pushed.result() for entry in [*idle, *(self._entries.pop(path) for path in paths[:excess])]]
+        evicted = [self._entries.pop(path) for path in paths[:excess]]
+        self._metrics.adapter_evictions.labels(model).inc(len(evicted))
+        self._metrics.adapters.labels(model).set(len(self._entries))
+        return [entry.pushed.result() for entry in [*idle, *evicted]]
 
     def _take_away(self, pushed: Pushed) -> None:
         with suppress(ApiError):  # a server that is not there has forgotten it

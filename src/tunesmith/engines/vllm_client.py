@@ -12,11 +12,12 @@ from typing import Any
 import httpx2
 
 from tunesmith import protos
+from tunesmith.engines.admission import closing
+from tunesmith.engines.leavers import Leavers
 from tunesmith.errors import ApiError, Cancelled, FailedPrecondition, Internal, InvalidArgument, Unavailable
 
 CONNECT_SECONDS = 5.0
 RETRY_SECONDS = 10.0  # what refused callers are told to wait; to start takes vLLM about a minute
-LOOK_SECONDS = 0.25  # between two looks for clients that have left
 
 DOWN = (HTTP_BAD_GATEWAY, HTTP_UNAVAILABLE, HTTP_GATEWAY_TIMEOUT) = (502, 503, 504)
 
@@ -64,7 +65,7 @@ class VllmClient:
             # A limit would make requests wait here, and where they wait the server cannot see them.
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=16),
         )
-        self._left = _Leavers()
+        self._left = Leavers()
 
     def version(self) -> str:
         """Return the server's version."""
@@ -165,7 +166,7 @@ class VllmClient:
             if gone is not None and gone.is_set():
                 raise Cancelled("The client went away.") from error
             if self._left.closed:
-                raise Unavailable("The server is shutting down.") from error
+                raise closing() from error
             if isinstance(error, RuntimeError):
                 raise
             if isinstance(error, httpx2.ReadTimeout):
@@ -225,50 +226,6 @@ def base_of(client: VllmClient, name: str, model_id: str) -> Served:
             f"{', '.join(one.name for one in bases) or 'no base model'}."
         )
     return named[0]
-
-
-class _Leavers:
-    """Ends what is read for clients that have left, while nothing comes that would tell it."""
-
-    def __init__(self) -> None:
-        self.closed = False
-        self._changed = threading.Condition()
-        self._open: dict[object, tuple[threading.Event, Callable[[], None]]] = {}
-        self._thread: threading.Thread | None = None
-
-    @contextmanager
-    def watched(self, gone: threading.Event, end: Callable[[], None]) -> Iterator[None]:
-        """Call `end` when `gone` is set before the block is left."""
-        key = object()
-        with self._changed:
-            self._open[key] = gone, end
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._look, name="vllm-leavers", daemon=True)
-                self._thread.start()
-            self._changed.notify()
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._open.pop(key, None)
-
-    def close(self) -> None:
-        """End all that is read."""
-        with self._changed:
-            self.closed = True
-            for _, end in self._open.values():
-                end()
-            self._changed.notify()
-
-    def _look(self) -> None:
-        with self._changed:
-            while not self.closed:
-                # Nobody can wait for an event and a socket at once.
-                self._changed.wait(LOOK_SECONDS if self._open else None)
-                for key, (gone, end) in list(self._open.items()):
-                    if gone.is_set():
-                        end()
-                        del self._open[key]
 
 
 def _hang_up(response: httpx2.Response) -> Callable[[], None]:

@@ -2,8 +2,10 @@
 
 import logging
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,12 @@ from tunesmith.base_models import weights
 from tunesmith.base_models.catalog import BaseModel
 from tunesmith.base_models.prompts import FORMATS, PromptFormat, Turn
 from tunesmith.base_models.weights import Weights
+from tunesmith.engines.admission import closing
 from tunesmith.engines.answer import Answer
 from tunesmith.engines.base import Chunk, Sampling
 from tunesmith.engines.constraint import Constraints, Matcher, grammar_of
+from tunesmith.engines.metrics import EngineMetrics
+from tunesmith.engines.places import Places
 from tunesmith.engines.sampling import Chosen
 from tunesmith.engines.vllm_adapters import VllmAdapters
 from tunesmith.engines.vllm_client import ConnectionLost, Served, UnknownModel, VllmClient, base_of
@@ -41,6 +46,8 @@ class VllmEngine:
         model_id: The base model that the server has, by its name in the catalog.
         served_name: What the server calls it; empty for the only one that is no adapter.
         adapters: The adapters that the server is given.
+        places: How many requests it is given at a time.
+        metrics: What is told of them.
     """
 
     def __init__(
@@ -51,9 +58,11 @@ class VllmEngine:
         model_id: str,
         served_name: str,
         adapters: VllmAdapters,
+        places: Places,
+        metrics: EngineMetrics,
     ) -> None:
         self._artifacts, self._cache_dir = artifacts, cache_dir
-        self._client, self._adapters = client, adapters
+        self._client, self._adapters, self._places, self._metrics = client, adapters, places, metrics
         self._model_id, self._served_name = model_id, served_name
         self._constraints = Constraints()
         self._lock = threading.Lock()
@@ -79,7 +88,7 @@ class VllmEngine:
                     logger.warning("%s Waiting for it.", error.message)
                 told = True
             self._closed.wait(LOOK_SECONDS)
-        raise Unavailable("The server is shutting down.")
+        raise closing()
 
     def generate(
         self,
@@ -88,14 +97,16 @@ class VllmEngine:
         turns: Sequence[Turn],
         sampling: Sampling,
         gone: threading.Event,
-        caller: str = "",  # noqa: ARG002 — the server takes requests as they come
+        caller: str = "",
     ) -> Iterator[Chunk]:
         """Yield an answer's chunks; see `Engine.generate`."""
-        base_weights = self._weights(model)
-        try:
-            yield from self._generate(base_weights, adapter, turns, sampling, gone)
-        except _StartedAgain:
-            yield from self._generate(base_weights, adapter, turns, sampling, gone)
+        base_weights, asked = self._weights(model), time.monotonic()
+        with self._places.held(caller, gone):
+            attempt = partial(self._generate, base_weights, adapter, turns, sampling, gone, asked)
+            try:
+                yield from attempt()
+            except _StartedAgain:
+                yield from attempt()
 
     def count_tokens(self, model: BaseModel, adapter: str | None, turns: Sequence[Turn]) -> int:
         """Return the length of the prompt that `generate` would make.
@@ -127,6 +138,7 @@ class VllmEngine:
     def close(self) -> None:
         """Stop; requests that are under way end with Unavailable."""
         self._closed.set()
+        self._places.close()
         self._adapters.close()
         self._client.close()
 
@@ -137,6 +149,7 @@ class VllmEngine:
         turns: Sequence[Turn],
         sampling: Sampling,
         gone: threading.Event,
+        asked: float,
     ) -> Iterator[Chunk]:
         """Yield an answer's chunks; _StartedAgain, before the first, when another try may find the server."""
         base, tokenizer = self._base(), self._tokenizer(base_weights)
@@ -149,7 +162,7 @@ class VllmEngine:
             body = answers.request(turns, base.longest) | {"model": pushed.name if pushed else base.name}
             begun = False
             try:
-                for part in self._client.stream(body, gone):
+                for part in self._observed(self._client.stream(body, gone), len(body["prompt"]), asked):
                     for chunk in answers.chunks(part):
                         begun = True
                         yield chunk
@@ -163,6 +176,20 @@ class VllmEngine:
                     raise
                 raise _StartedAgain(error.message, error.details) from error
             raise Internal(f"The vLLM server at {self._client.url} ended an answer without a reason.")
+
+    def _observed(
+        self, parts: Iterator[dict[str, Any]], prompt_length: int, asked: float
+    ) -> Iterator[dict[str, Any]]:
+        """Pass the parts of an answer on, and tell the metrics of them."""
+        begun = False
+        for part in parts:
+            computed = sum(len(choice.get("token_ids") or ()) for choice in part.get("choices", ()))
+            if computed and not begun:
+                begun = True
+                self._metrics.first_token.labels(self._model_id).observe(time.monotonic() - asked)
+                self._metrics.prompt_tokens.labels(self._model_id).inc(prompt_length)
+            self._metrics.output_tokens.labels(self._model_id).inc(computed)
+            yield part
 
     def _weights(self, model: BaseModel) -> Weights:
         if model.id != self._model_id:
