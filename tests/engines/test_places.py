@@ -119,6 +119,17 @@ def test_a_full_queue_refuses_and_who_has_most_waiting_gives_way() -> None:
     crowd.places.close()
 
 
+def test_a_call_that_has_a_place_asks_more_in_it() -> None:
+    crowd, gone = Crowd(most=0), threading.Event()
+    with crowd.places.held("ada", gone):
+        with crowd.places.held("ada", gone):
+            assert crowd.value("running_answers") == 1
+        with pytest.raises(ResourceExhausted), crowd.places.held("ada", threading.Event()):
+            pass
+    assert crowd.value("running_answers") == 0
+    crowd.places.close()
+
+
 def test_closing_ends_those_that_wait() -> None:
     crowd = Crowd()
     crowd.come("ada")

@@ -29,6 +29,8 @@ class Places:
         self._queue: Queue[_Place] = Queue(count, admission, metrics, model)
         self._held: Counter[str] = Counter()
         """How many places each caller has."""
+        self._calls: set[threading.Event] = set()
+        """What is set when the client leaves, of each call that has a place."""
         self._lock = threading.Lock()
         self._leavers = Leavers()
 
@@ -36,27 +38,43 @@ class Places:
     def held(self, caller: str, gone: threading.Event) -> Iterator[None]:
         """Wait for a place, and keep it until the block is left.
 
+        A call has one place, whatever it asks meanwhile: its safety rater would wait for the answer that it rates.
+
+        Args:
+            caller: The account that asks.
+            gone: The call's, set when its client has left.
+
         Raises:
             ResourceExhausted: Too many wait, or this one would for too long.
             Cancelled: `gone` was set.
             Unavailable: Its turn did not come in time, or the engine is closing.
         """
-        place = _Place(caller, gone)
+        with self._lock:
+            within = gone in self._calls
+        if within:
+            yield
+        else:
+            with self._taken(_Place(caller, gone)):
+                yield
+
+    @contextmanager
+    def _taken(self, place: "_Place") -> Iterator[None]:
         with self._lock:
             if self._leavers.closed:
                 raise closing()
-            self._queue.let_in(caller, self._held.total())
+            self._queue.let_in(place.caller, self._held.total())
             self._queue.add(place)
             self._give()
         try:
-            with self._leavers.watched(gone, place.come.set):
+            with self._leavers.watched(place.gone, place.come.set):
                 self._wait(place)
             yield
         finally:
             with self._lock:
                 if place.given:
-                    self._held[caller] -= 1
                     self._queue.ended(place)
+                    self._calls.discard(place.gone)
+                    self._held -= Counter([place.caller])
                 self._give()
 
     def close(self) -> None:
@@ -80,6 +98,7 @@ class Places:
         while self._held.total() < self._count and (place := self._queue.next(self._held)):
             self._queue.take(place)
             self._held[place.caller] += 1
+            self._calls.add(place.gone)
             place.given = True
             place.come.set()
         self._metrics.waiting.labels(self._model).set(len(self._queue))
