@@ -120,12 +120,14 @@ def test_a_full_queue_refuses_and_who_has_most_waiting_gives_way() -> None:
 
 
 def test_a_call_that_has_a_place_asks_more_in_it() -> None:
-    crowd, gone = Crowd(most=0), threading.Event()
+    crowd, gone = Crowd(), threading.Event()
     with crowd.places.held("ada", gone):
+        crowd.come("ada")
         with crowd.places.held("ada", gone):
-            assert crowd.value("running_answers") == 1
-        with pytest.raises(ResourceExhausted), crowd.places.held("ada", threading.Event()):
-            pass
+            assert (crowd.value("running_answers"), crowd.value("waiting_answers")) == (1, 1)
+        assert crowd.order == []
+    crowd.all_leave()
+    assert crowd.order == ["ada"]
     assert crowd.value("running_answers") == 0
     crowd.places.close()
 
