@@ -22,6 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -199,9 +200,9 @@ def alone(engine: TorchEngine, model: BaseModel, paths: Sequence[str], tokens: i
     return answers
 
 
-def publish(store: ArtifactStore, base: Weights, count: int, device: torch.device) -> list[str]:
+def publish(folder: Path, base: Weights, count: int) -> list[str]:
     """Publish random adapters; return their paths."""
-    admission = Admission(1, 60.0)
+    store, device, admission = ArtifactStore(f"file://{folder}"), torch.device("cpu"), Admission(1, 60.0)
     runner = Runner(base, device, compute_dtype(device), 1, 64 << 20, admission, EngineMetrics())
     form, tokenizer = FORMATS[base.model.prompt_format], base.tokenizer()
     prompt = form.prompt(tokenizer, [Turn("user", QUESTION)])
@@ -280,10 +281,12 @@ class Place:
 
     def __init__(self, settings: Settings, adapters: int, folder: Path) -> None:
         self.model, self.registry = Catalog.load(settings).default, CollectorRegistry()
-        store = ArtifactStore(f"file://{folder}")
-        self.paths = publish(store, get(self.model, settings.cache_dir), adapters, torch.device("cpu"))
+        # In a process of its own: this one's threads would keep helpers from OpenMP that slow the engine's down.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as once:
+            made = once.submit(publish, folder, get(self.model, settings.cache_dir), adapters)
+            self.paths = made.result()
         self.engine = TorchEngine(
-            store,
+            ArtifactStore(f"file://{folder}"),
             settings.cache_dir,
             device="cpu",
             max_batch=settings.max_batch,
