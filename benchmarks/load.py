@@ -30,6 +30,10 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
+from tunesmith.cli import SERVING_SPINS, TRAINING_SPINS
+
+os.environ.setdefault("GOMP_SPINCOUNT", SERVING_SPINS)  # as a server does, before torch is loaded
+
 import safetensors.torch
 import torch
 from prometheus_client import CollectorRegistry
@@ -366,6 +370,7 @@ def training(nice: int | None) -> Iterator[None]:
     context = multiprocessing.get_context("spawn")
     begun, over = context.Event(), context.Event()
     process = context.Process(target=train, args=(nice, begun, over))
+    os.environ["GOMP_SPINCOUNT"] = TRAINING_SPINS  # as the process does that begins here
     process.start()
     begun.wait()
     try:

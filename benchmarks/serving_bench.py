@@ -5,8 +5,8 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ import serving_vllm
 import serving_weights
 from serving_job import Answer, Job, Result
 from tunesmith.base_models.device import compute_dtype
+from tunesmith.cli import SERVING_SPINS, TRAINING_SPINS
 from tunesmith.config import Settings
 
 HERE = Path(__file__).parent
@@ -24,8 +25,10 @@ WARM_UP_TOKENS = 20
 ALIKE = 20
 """Characters by which answers are compared: later ones part where roundings do."""
 
-SPIN = {"GOMP_SPINCOUNT": "20000"}
-"""As `tunesmith` sets it, for every side: without it a process that shares the cores stalls every product."""
+SPIN = {"GOMP_SPINCOUNT": TRAINING_SPINS}
+"""For the peers: without it any other process that wants a core stalls every product."""
+SERVER = {"GOMP_SPINCOUNT": SERVING_SPINS}
+"""For us: as `tunesmith serve` sets it."""
 QUIET = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -64,6 +67,7 @@ class Peer:
         most_adapters: With how many adapters it can be compared.
         once: Whether it is run once, and not in each round: for what takes long and decides no goal.
         only: The one kind of prompt that it is asked; empty for all.
+        environment: Variables that it is given.
     """
 
     name: str
@@ -72,6 +76,7 @@ class Peer:
     most_adapters: int = 8
     once: bool = False
     only: str = ""
+    environment: Mapping[str, str] = field(default_factory=lambda: SPIN)
 
     def takes(self, cell: Cell) -> bool:
         """Return whether it does a cell."""
@@ -98,9 +103,9 @@ def _script(name: str, *arguments: str, python: str = sys.executable) -> tuple[s
 
 
 PEERS = (
-    Peer("ours", _script("ours", "engine")),
-    Peer("undrafted", _script("ours", "undrafted")),
-    Peer("http", _script("ours", "http"), only=SHORT),
+    Peer("ours", _script("ours", "engine"), environment=SERVER),
+    Peer("undrafted", _script("ours", "undrafted"), environment=SERVER),
+    Peer("http", _script("ours", "http"), only=SHORT, environment=SERVER),
     *(
         Peer(f"llama.cpp {kind}", _script("llama", python=str(serving_weights.LLAMA_PYTHON)), kind, 1)
         for kind in ("BF16", "Q8_0", "Q4_K_M")
@@ -214,7 +219,7 @@ class Bench:
         self.job(peer, cell).write(asked)
         done = subprocess.run(
             [*peer.command, str(asked), str(answer)],
-            env=os.environ | SPIN | QUIET,
+            env=os.environ | peer.environment | QUIET,
             capture_output=True,
             text=True,
             check=False,

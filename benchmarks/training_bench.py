@@ -18,7 +18,7 @@ from tunesmith import protos
 from tunesmith.base_models.catalog import Catalog
 from tunesmith.base_models.device import compute_dtype
 from tunesmith.base_models.prompts import FORMATS
-from tunesmith.cli import ALLOCATOR
+from tunesmith.cli import ALLOCATOR, TRAINING_SPINS
 from tunesmith.config import Settings
 from tunesmith.terminal import fetch_weights
 from tunesmith.training import examples
@@ -44,8 +44,8 @@ class Side:
     environment: dict[str, str]
 
 
-# As `tunesmith` sets it; TRL gets it too, as without it any other process that wants a core stalls every product.
-SPIN = {"GOMP_SPINCOUNT": "20000"}
+# As `tunesmith worker` sets it; TRL gets it too: without it any process that wants a core stalls every product.
+SPIN = {"GOMP_SPINCOUNT": TRAINING_SPINS}
 ALLOCATION = {"GLIBC_TUNABLES": ALLOCATOR}
 QUIET = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "PYTHONWARNINGS": "ignore"}
 OURS = Side("ours", (sys.executable, str(HERE / "training_ours.py")), SPIN | ALLOCATION)

@@ -1,7 +1,10 @@
 """The commands as a person types them, against a running server on the tiny model."""
 
 import json
+import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,3 +129,26 @@ def test_generate_before_and_after(server: Server) -> None:
     assert "is in state FAILED: The operation was cancelled before tuning began." in error["message"]
     server.call("POST", f"{first['name']}:cancel", {})
     server.finished(first)
+
+
+@pytest.mark.parametrize(
+    ("command", "inherited", "spins"),
+    [
+        ("serve", None, "3000"),
+        ("worker", None, "20000"),
+        ("worker", "3000", "20000"),  # a server's own number, which its workers inherit
+        ("worker", "7", "7"),
+        ("serve", "7", "7"),
+    ],
+)
+def test_threads_look_for_each_other_as_often_as_is_good(command: str, inherited: str | None, spins: str) -> None:
+    ask = (
+        "import os, sys\nfrom tunesmith import cli\n"
+        f"sys.argv = ['tunesmith', {command!r}, '--help']\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    print('\\n' + os.environ['GOMP_SPINCOUNT'])"
+    )
+    environment = {**os.environ, "GLIBC_TUNABLES": "", "GOMP_SPINCOUNT": inherited or ""}
+    if inherited is None:
+        del environment["GOMP_SPINCOUNT"]
+    said = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines()[-1] == spins
