@@ -78,7 +78,8 @@ takes a quarter less time than with tens of thousands of page faults."""
 TRAINING_SPINS, SERVING_SPINS = "20000", "3000"
 """How often OpenMP's threads look for each other before they sleep; read when torch is loaded. By default so often
 that a step takes fifty times as long where another process wants a core too. A worker is slower with a smaller
-number; a server is not, and three times as fast beside a worker that it does not outrank, as in another container."""
+number; a server is not, and beside a worker that it does not outrank, as in another container, it is three times
+as fast."""
 
 
 def main() -> None:
