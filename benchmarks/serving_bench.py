@@ -76,7 +76,7 @@ class Peer:
     most_adapters: int = 8
     once: bool = False
     only: str = ""
-    environment: Mapping[str, str] = field(default_factory=lambda: SPIN)
+    environment: Mapping[str, str] = field(default_factory=lambda: SPIN, hash=False)
 
     def takes(self, cell: Cell) -> bool:
         """Return whether it does a cell."""
