@@ -132,6 +132,20 @@ def test_a_call_that_has_a_place_asks_more_in_it() -> None:
     crowd.places.close()
 
 
+def test_who_cannot_wait_is_given_no_place_later(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    crowd.come("ada")
+    with monkeypatch.context() as patched:
+        patched.setattr(crowd.places._leavers, "watched", fails)
+        with pytest.raises(RuntimeError), crowd.places.held("bob", threading.Event()):
+            pass
+    assert crowd.value("waiting_answers") == 0
+    crowd.all_leave()
+    assert crowd.value("running_answers") == 0
+
+
 def test_closing_ends_those_that_wait() -> None:
     crowd = Crowd()
     crowd.come("ada")

@@ -75,6 +75,8 @@ class Places:
                     self._queue.ended(place)
                     self._calls.discard(place.gone)
                     self._held -= Counter([place.caller])
+                else:
+                    place.end(Cancelled("Nobody waits for it."))  # it gets none later, whatever ended the wait
                 self._give()
 
     def close(self) -> None:
